@@ -1,0 +1,56 @@
+"""The command line: ``diopt fit | validate | test | predict``."""
+
+import sys
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from diopt_lightning.errors import ConfigurationError
+
+
+class DioptCLI(LightningCLI):
+    """LightningCLI with a test run after fitting, where asked for."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the project's own arguments."""
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="Run the test tasks with the final weights after fitting.",
+        )
+
+    def after_fit(self) -> None:
+        """Run the test tasks if asked for."""
+        if self.config["fit"]["test_after_fit"] and not self.trainer.interrupted:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def run(args: ArgsType = None) -> DioptCLI:
+    """Parse arguments and run the subcommand.
+
+    Args:
+        args: Arguments of the command line, as a list of strings. Default: those of the process.
+    """
+    return DioptCLI(
+        model_class=pl.LightningModule,
+        datamodule_class=pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        # Every level has an optimizer of its own, which `--optimizer` would replace.
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2."""
+    try:
+        run(list(args) if args is not None else None)
+    except ConfigurationError as error:
+        print(f"diopt: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,277 @@
+"""The data module: from a folder of tasks to batches of both levels."""
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Collator
+from diopt_lightning.data.prompts import PromptFormat
+from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler
+from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks, read_split_lists
+from diopt_lightning.data.tasks import Task, read_tasks
+from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, tokenize
+from diopt_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "dev", "test")
+
+
+class NaturalInstructionsDataModule(pl.LightningDataModule):
+    """Super-NaturalInstructions, or anything in its layout, as four disjoint sets of tasks.
+
+    Reads ``root/tasks/*.json`` and ``root/splits/SPLIT/{train,test}_tasks.txt`` untouched. Validation and dev tasks come
+    from ``validation_tasks.txt`` and ``dev_tasks.txt`` beside those, and where a list does not exist they are drawn from
+    the train tasks. Training batches are dictionaries with ``inner`` (train tasks) and, if there are validation tasks,
+    ``outer``. Lightning's validation loop gets the dev tasks, its test and predict loops the test tasks.
+
+    Args:
+        root: Folder of the data.
+        tokenizer: Name on the hub, or folder, of the backbone's tokenizer.
+        split: Which of the folders in ``root/splits`` to use.
+        validation_tasks: Tasks of the outer loss to draw from the train tasks, as a number or a fraction of them.
+        dev_tasks: Tasks that select checkpoints, to draw likewise from what is left.
+        whole_categories: Hold whole categories out for validation and dev tasks, instead of a share of each.
+        split_seed: Seed of the draw. It is apart from the run's seed, so that runs with several seeds share their tasks.
+        train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default: none.
+        validation_prompt: The same for validation tasks. Default: definition and two positive examples.
+        test_prompt: The same for dev and test tasks. Default: definition and two positive examples.
+        instances_per_task: Instances of each train and validation task, drawn at random where there are more.
+        test_instances_per_task: Instances of each dev and test task, the first ones of the file: the first 100 of the
+            official test tasks are balanced by label.
+        max_source_length: Tokens of instruction and source together, those of a learned instruction included.
+        max_target_length: Tokens of a target.
+        batch_size: Instances in a training batch of the inner level, for each process.
+        outer_batch_size: The same for the outer level. Default: as ``batch_size``.
+        evaluation_batch_size: Instances in a batch of dev, test and prediction. Default: as ``batch_size``.
+        num_workers: Processes that load ahead, for each loader.
+        pin_memory: Copy batches into pinned memory, which makes the way to a GPU faster.
+        seed: Seed of the order of training batches and of the drawn instances and references.
+        cache_dir: Folder of the token cache. Default: that of the ``datasets`` library.
+
+    Raises:
+        ConfigurationError: If an argument or a file cannot work; the message says which and why.
+
+    Example:
+        >>> data = NaturalInstructionsDataModule("no/such/folder", tokenizer="google/t5-base-lm-adapt")
+        >>> data.prepare_data()
+        Traceback (most recent call last):
+        ...
+        diopt_lightning.errors.ConfigurationError: There is no folder no/such/folder: set `data.root` to ...
+    """
+
+    def __init__(
+        self,
+        root: str,
+        tokenizer: str,
+        split: str = "default",
+        validation_tasks: float = 0.1,
+        dev_tasks: float = 0.05,
+        whole_categories: bool = False,
+        split_seed: int = 0,
+        train_prompt: PromptFormat = PromptFormat(definition=False, positive_examples=0),
+        validation_prompt: PromptFormat = PromptFormat(),
+        test_prompt: PromptFormat = PromptFormat(),
+        instances_per_task: int = 100,
+        test_instances_per_task: int = 100,
+        max_source_length: int = 1024,
+        max_target_length: int = 128,
+        batch_size: int = 16,
+        outer_batch_size: int | None = None,
+        evaluation_batch_size: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "instances_per_task": instances_per_task,
+            "test_instances_per_task": test_instances_per_task,
+            "max_source_length": max_source_length,
+            "max_target_length": max_target_length,
+            "batch_size": batch_size,
+            "outer_batch_size": batch_size if outer_batch_size is None else outer_batch_size,
+            "evaluation_batch_size": batch_size if evaluation_batch_size is None else evaluation_batch_size,
+        }.items():
+            if value < 1:
+                raise ConfigurationError(f"`data.{name}` must be 1 or more, got {value}.")
+        self.root = Path(root)
+        self.tokenizer_name = tokenizer
+        self.split = split
+        self.validation_tasks = validation_tasks
+        self.dev_tasks = dev_tasks
+        self.whole_categories = whole_categories
+        self.split_seed = split_seed
+        self.prompts = {
+            "train": train_prompt,
+            "validation": validation_prompt,
+            "dev": test_prompt,
+            "test": test_prompt,
+        }
+        self.instances_per_task = instances_per_task
+        self.test_instances_per_task = test_instances_per_task
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.batch_size = batch_size
+        self.outer_batch_size = outer_batch_size if outer_batch_size is not None else batch_size
+        self.evaluation_batch_size = evaluation_batch_size if evaluation_batch_size is not None else batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = seed
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tasks: dict[str, Task] = {}
+        self._splits: TaskSplits | None = None
+        self._rows: dict[str, Dataset] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_name)
+        return self._tokenizer
+
+    @property
+    def splits(self) -> TaskSplits:
+        """Names of the tasks in each set."""
+        if self._splits is None:
+            self._read()
+            assert self._splits is not None
+        return self._splits
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All tasks; a batch's ``task`` indexes this list, in which the train tasks come first."""
+        splits = self.splits
+        return [self._tasks[name] for split in SPLITS for name in getattr(splits, split)]
+
+    def split_tasks(self, split: str) -> list[Task]:
+        """The tasks of one set: ``train``, ``validation``, ``dev`` or ``test``."""
+        return [self._tasks[name] for name in getattr(self.splits, split)]
+
+    def prepare_data(self) -> None:
+        """Check every file and fill the token cache, on one process only."""
+        for split in SPLITS:
+            self._report(split, self._tokenize(split))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tasks and open the token cache."""
+        needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
+        for split in needed[stage]:
+            if split not in self._rows:
+                self._rows[split] = self._tokenize(split)
+
+    def train_dataloader(self) -> dict[str, DataLoader[Any]]:
+        """Endless streams of both levels; an epoch is one pass over the instances of the train tasks."""
+        inner = self._train_loader("train", self.batch_size, None)
+        loaders: dict[str, DataLoader[Any]] = {"inner": inner}
+        if self.splits.validation:
+            loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner))
+        return loaders
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The dev tasks, or nothing if there are none."""
+        return self._evaluation_loader("dev") if self.splits.dev else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test tasks."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test tasks."""
+        return self._evaluation_loader("test")
+
+    def _read(self) -> None:
+        if not self.root.is_dir():
+            raise ConfigurationError(
+                f"There is no folder {self.root}: set `data.root` to the folder that holds `tasks/` and `splits/`."
+            )
+        lists = read_split_lists(self.root / "splits" / self.split)
+        # The lists are checked against each other before anything is drawn, and before files are read.
+        TaskSplits(lists["train"], lists.get("validation", ()), lists.get("dev", ()), lists["test"])
+        tasks = read_tasks(self.root, [name for names in lists.values() for name in names])
+        for split, wanted in (("validation", self.validation_tasks), ("dev", self.dev_tasks)):
+            if split not in lists:
+                left = {name: tasks[name].category for name in lists["train"]}
+                count = count_tasks(f"data.{split}_tasks", wanted, len(left))
+                lists[split], lists["train"] = draw_tasks(left, count, self.split_seed, self.whole_categories)
+        self._tasks = tasks
+        self._splits = TaskSplits(lists["train"], lists["validation"], lists["dev"], lists["test"])
+
+    def _tokenize(self, split: str) -> "Dataset":
+        tasks = self.tasks
+        reserved = self._reserved_length() if split == "train" else 0
+        options = SourceTarget(self.prompts[split], self.max_source_length - reserved, self.max_target_length)
+        names = set(getattr(self.splits, split))
+        chosen = [(i, task, self._instances(split, task)) for i, task in enumerate(tasks) if task.name in names]
+        return tokenize(chosen, self.tokenizer, options, self.cache_dir)
+
+    def _reserved_length(self) -> int:
+        """Positions that the learned instruction of the attached module takes from the source limit."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        reserved: int = getattr(module, "instruction_length", 0)
+        if reserved >= self.max_source_length:
+            raise ConfigurationError(
+                f"`data.max_source_length` is {self.max_source_length}, and the learned instruction alone takes {reserved} "
+                "positions: raise the limit, or make the instruction shorter (`length`, `slots` or `candidate_length`)."
+            )
+        return reserved
+
+    def _instances(self, split: str, task: Task) -> list[int]:
+        available = range(len(task.instances))
+        if split in ("dev", "test"):
+            return list(available[: self.test_instances_per_task])
+        if len(available) <= self.instances_per_task:
+            return list(available)
+        return sorted(random.Random(f"instances/{self.seed}/{task.name}").sample(available, self.instances_per_task))
+
+    def _report(self, split: str, rows: "Dataset") -> None:
+        """Say once how much there is, and what was cut or dropped."""
+        tasks, all_tasks = self.split_tasks(split), self.tasks
+        if not tasks:
+            return
+        empty = sum(
+            not all(output.strip() for output in all_tasks[task].instances[instance].outputs)
+            for task, instance in zip(rows["task"], rows["instance"], strict=True)
+        )
+        losses = {
+            "sources cut at the length limit": sum(rows["cut_source"]),
+            "targets cut": sum(rows["cut_targets"]),
+            "examples dropped from prompts because they did not fit": sum(rows["dropped_examples"]),
+            "instances with an empty reference": empty,
+        }
+        said = "".join(f"; {number:,} {what}" for what, number in losses.items() if number)
+        rank_zero_info(f"{split}: {len(rows):,} instances of {len(tasks):,} tasks{said}")
+
+    def _train_loader(self, split: str, batch_size: int, num_batches: int | None) -> ResumableDataLoader:
+        rows = self._rows[split]
+        replicas, rank = self._processes()
+        sampler = TrainSampler(rows["length"][:], batch_size, self.seed, num_batches, replicas, rank)
+        return ResumableDataLoader(
+            TokenRows(rows), sampler, Collator(self.tokenizer.pad_token_id), self.num_workers, self.pin_memory
+        )
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        rows = self._rows[split]
+        replicas, rank = self._processes()
+        return DataLoader(
+            TokenRows(rows),
+            batch_size=None,
+            sampler=EvaluationSampler(rows["length"][:], self.evaluation_batch_size, replicas, rank),
+            collate_fn=Collator(self.tokenizer.pad_token_id),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def _processes(self) -> tuple[int, int]:
+        """Number of processes and the index of this one."""
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank

@@ -1,0 +1,159 @@
+"""Disjoint sets of tasks: train (inner loss), validation (outer loss), dev (selects checkpoints), test (unseen)."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diopt_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class TaskSplits:
+    """Names of the tasks in each of the four sets, which share no task.
+
+    Args:
+        train: Tasks of the inner loss, which have learnable instructions.
+        validation: Tasks of the outer loss, with human-written instructions.
+        dev: Tasks that select checkpoints. Lightning's validation loop runs on these.
+        test: Unseen tasks, which are reported.
+
+    Raises:
+        ConfigurationError: If a task is named twice, in one set or in two, or there are no train tasks.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    dev: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigurationError("There are no train tasks left: lower `validation_tasks` or `dev_tasks`.")
+        seen: dict[str, str] = {}
+        for split in ("train", "validation", "dev", "test"):
+            for name in getattr(self, split):
+                if name in seen:
+                    raise ConfigurationError(
+                        f"The task `{name}` is named in {seen[name]} and again in {split}: the sets must be disjoint, "
+                        "remove it from one of the lists."
+                    )
+                seen[name] = split
+
+
+def read_split_list(path: Path) -> tuple[str, ...]:
+    """Read a list of task names, one a line; blank lines are ignored.
+
+    Raises:
+        ConfigurationError: If the file is missing, is not UTF-8, is empty, names a task twice, or holds something that
+            is no plain file name.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigurationError(f"Cannot read the split list {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigurationError(f"The split list {path} names no task: write one name a line.")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ConfigurationError(f"{path} names the task `{name}` twice: remove one of the lines.")
+        if "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
+            raise ConfigurationError(f"{path} names the task {name!r}: a name is that of a file in `tasks/`, no path.")
+    return tuple(names)
+
+
+def read_split_lists(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Read the lists of the official layout: ``train`` and ``test``, and ``validation`` and ``dev`` where they exist.
+
+    Raises:
+        ConfigurationError: If the folder or one of the two official lists is missing; see :func:`read_split_list`.
+    """
+    if not folder.is_dir():
+        siblings = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        known = f"there are {siblings}" if siblings else f"{folder.parent} holds no splits"
+        raise ConfigurationError(f"There is no split folder {folder}: set `split` to one that exists ({known}).")
+    lists = {split: read_split_list(folder / f"{split}_tasks.txt") for split in ("train", "test")}
+    for split in ("validation", "dev"):
+        path = folder / f"{split}_tasks.txt"
+        if path.exists():
+            lists[split] = read_split_list(path)
+    return lists
+
+
+def count_tasks(argument: str, wanted: float, available: int) -> int:
+    """Turn a number (1 or more, an integer) or a fraction (below 1) into a number of tasks.
+
+    A fraction above zero gives one task at least.
+
+    Raises:
+        ConfigurationError: If it is negative, no integer above 1, or more than there are.
+    """
+    if wanted < 0 or (wanted >= 1 and wanted != int(wanted)):
+        raise ConfigurationError(f"`{argument}` must be a number of tasks or a fraction below 1, got {wanted}.")
+    count = int(wanted) if wanted >= 1 else math.ceil(wanted * available)
+    if count >= available:
+        raise ConfigurationError(
+            f"`{argument}` is {wanted}, which takes {count} of the {available} tasks that are left to draw from: "
+            "lower it, so that train tasks remain."
+        )
+    return count
+
+
+def draw_tasks(
+    categories: Mapping[str, str], count: int, seed: int, whole_categories: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Draw tasks at random and return ``(drawn, left)``, both in the order given.
+
+    Args:
+        categories: Name to category of the tasks to draw from.
+        count: The number of tasks to draw.
+        seed: Seed of the draw; equal seeds give equal draws.
+        whole_categories: If set, whole categories are drawn at random and each is taken in full if it still fits, so
+            that no category is on both sides and fewer than ``count`` tasks may be drawn. Otherwise the draw is
+            stratified: every category gives its share, rounded by largest remainder.
+
+    Raises:
+        ConfigurationError: If whole categories are asked for and none of them fits.
+    """
+    generator = random.Random(seed)
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(categories):
+        by_category[categories[name]].append(name)
+    for members in by_category.values():
+        generator.shuffle(members)
+    order = sorted(by_category)
+    generator.shuffle(order)
+    drawn: set[str] = set()
+    if whole_categories:
+        for category in order:
+            if len(drawn) + len(by_category[category]) <= count:
+                drawn.update(by_category[category])
+        if count and not drawn:
+            smallest = min(map(len, by_category.values()))
+            raise ConfigurationError(
+                f"No whole category fits into {count} task(s): the smallest has {smallest}. Draw more tasks or unset "
+                "`whole_categories`."
+            )
+    else:
+        for category, share in _shares(order, {name: len(by_category[name]) for name in order}, count).items():
+            drawn.update(by_category[category][:share])
+    return (
+        tuple(name for name in categories if name in drawn),
+        tuple(name for name in categories if name not in drawn),
+    )
+
+
+def _shares(order: Sequence[str], sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Divide ``count`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one in ``order``."""
+    total = sum(sizes.values())
+    exact = {name: count * sizes[name] / total for name in order}
+    shares = {name: math.floor(value) for name, value in exact.items()}
+    by_remainder = sorted(order, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: count - sum(shares.values())]:
+        shares[name] += 1
+    return shares

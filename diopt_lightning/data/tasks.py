@@ -1,0 +1,170 @@
+"""Tasks of Super-NaturalInstructions and how they are read from the official layout."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diopt_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Example:
+    """An annotated example of a task.
+
+    Args:
+        input: What the task is applied to.
+        output: A right answer, or a wrong one in a negative example.
+        explanation: Why; empty where the annotators gave none.
+    """
+
+    input: str
+    output: str
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An instance of a task.
+
+    Args:
+        id: The official identifier, e.g. ``task034-0a1b...``.
+        input: What the task is applied to.
+        outputs: All reference outputs, one at least.
+    """
+
+    id: str
+    input: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: human-written instructions and instances.
+
+    Args:
+        name: The name of its file without the suffix, e.g. ``task034_winogrande_question_modification_object``.
+        categories: The official categories; the first one counts where a task is grouped.
+        definitions: Instructions in prose; prompts use the first one.
+        positive_examples: Annotated examples with right answers.
+        negative_examples: Annotated examples with wrong answers.
+        instances: What the task is trained and tested on.
+        digest: SHA-256 of the file, by which caches know that it has changed.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+    definitions: tuple[str, ...]
+    positive_examples: tuple[Example, ...]
+    negative_examples: tuple[Example, ...]
+    instances: tuple[Instance, ...]
+    digest: str = ""
+
+    @property
+    def category(self) -> str:
+        """The category by which this task is grouped."""
+        return self.categories[0]
+
+
+def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:
+    """Read ``root/tasks/NAME.json`` for every name, in order.
+
+    Raises:
+        ConfigurationError: If a file is missing or is no valid task; see :func:`read_task`.
+    """
+    return {name: read_task(root / "tasks" / f"{name}.json") for name in names}
+
+
+def read_task(path: Path) -> Task:
+    """Read one task file of the official layout.
+
+    Unknown fields are ignored, as the official files have many. An empty string is accepted as the output of an instance
+    (there is one in task1564) and as an explanation, and nowhere else.
+
+    Raises:
+        ConfigurationError: If the file is missing, is not UTF-8 or not JSON, lacks a field, or a field is empty or of
+            another type; the message names the file, the field and what was found.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot read the task file {path}: {error.strerror}. Put it there, or remove `{path.stem}` from the split list."
+        ) from error
+    try:
+        document = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    reader = _Fields(path, document, "")
+    return Task(
+        name=path.stem,
+        categories=reader.texts("Categories"),
+        definitions=reader.texts("Definition"),
+        positive_examples=tuple(_example(field) for field in reader.objects("Positive Examples", may_be_empty=True)),
+        negative_examples=tuple(_example(field) for field in reader.objects("Negative Examples", may_be_empty=True)),
+        instances=tuple(_instance(field) for field in reader.objects("Instances")),
+        digest=hashlib.sha256(content).hexdigest(),
+    )
+
+
+class _Fields:
+    """Typed access to the fields of one JSON object; every error says which file, where in it, and what was found."""
+
+    def __init__(self, path: Path, value: Any, place: str) -> None:
+        self.path, self.place = path, place
+        if not isinstance(value, dict):
+            raise self.error("expected a JSON object", value)
+        self.value: dict[str, Any] = value
+
+    def error(self, problem: str, value: Any, place: str | None = None) -> ConfigurationError:
+        where = self.place if place is None else f"{self.place}{place}"
+        found = json.dumps(value, ensure_ascii=False, default=repr)
+        found = found if len(found) <= 80 else f"{found[:77]}..."
+        return ConfigurationError(f"{self.path}{f', field {where}' if where else ''}: {problem}, got {found}.")
+
+    def get(self, name: str) -> Any:
+        if name not in self.value:
+            raise ConfigurationError(
+                f"{self.path}{f', field {self.place}' if self.place else ''}: the field `{name}` is missing."
+            )
+        return self.value[name]
+
+    def text(self, name: str, may_be_empty: bool = False) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.error("expected a string", value, f"[{name!r}]")
+        if not may_be_empty and not value.strip():
+            raise self.error("expected a string that is not empty", value, f"[{name!r}]")
+        return value
+
+    def texts(self, name: str, may_be_empty: bool = False) -> tuple[str, ...]:
+        """Read a list of strings with one entry at least; ``may_be_empty`` is about the strings."""
+        value = self.get(name)
+        # Early releases of the official data have a plain string where there is one definition.
+        values = [value] if isinstance(value, str) and name == "Definition" else value
+        if not isinstance(values, list) or not values or not all(isinstance(entry, str) for entry in values):
+            raise self.error("expected a list of strings that is not empty", value, f"[{name!r}]")
+        if not may_be_empty and not all(entry.strip() for entry in values):
+            raise self.error("expected strings that are not empty", value, f"[{name!r}]")
+        return tuple(values)
+
+    def objects(self, name: str, may_be_empty: bool = False) -> list["_Fields"]:
+        value = self.get(name)
+        if not isinstance(value, list) or not (value or may_be_empty):
+            raise self.error("expected a list" + ("" if may_be_empty else " that is not empty"), value, f"[{name!r}]")
+        return [_Fields(self.path, entry, f"{self.place}[{name!r}][{index}]") for index, entry in enumerate(value)]
+
+
+def _example(fields: _Fields) -> Example:
+    explanation = fields.text("explanation", may_be_empty=True) if "explanation" in fields.value else ""
+    return Example(fields.text("input"), fields.text("output"), explanation)
+
+
+def _instance(fields: _Fields) -> Instance:
+    return Instance(fields.text("id"), fields.text("input"), fields.texts("output", may_be_empty=True))

@@ -1,0 +1,170 @@
+"""Prompts and targets to token ids, once, into an Arrow cache."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from diopt_lightning.data.prompts import PromptFormat, render
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Part of every fingerprint: a change in how rows are made must not meet an old cache.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceTarget:
+    """How one set of tasks becomes token ids.
+
+    Args:
+        prompt: The human-written parts of the source.
+        max_source_length: Tokens of a source, end token included. Longer ones are cut at the end.
+        max_target_length: Tokens of a target, end token included.
+    """
+
+    prompt: PromptFormat
+    max_source_length: int
+    max_target_length: int
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by hub name or folder, and check that it has what padding and stopping need.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded, or has no pad or end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"Cannot load the tokenizer `{name}`: it is neither a folder with a tokenizer nor a name on the hub that can "
+            f"be reached ({str(error).strip().splitlines()[0]})."
+        ) from error
+    for role in ("pad", "eos"):
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            raise ConfigurationError(
+                f"The tokenizer `{name}` has no {role} token: set one and save it again, e.g. "
+                f"`tokenizer.{role}_token = ...; tokenizer.save_pretrained(folder)`."
+            )
+    return tokenizer
+
+
+def tokenize(
+    tasks: Sequence[tuple[int, Task, Sequence[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: SourceTarget,
+    cache_dir: Path | None = None,
+) -> "Dataset":
+    """Return a dataset of token ids, from the Arrow cache of the ``datasets`` library where it is already there.
+
+    Args:
+        tasks: For each task its index, the task, and the positions of the instances to take.
+        tokenizer: The tokenizer.
+        options: Prompt and limits.
+        cache_dir: Folder of the cache. Default: that of the ``datasets`` library.
+
+    Returns:
+        One row an instance with ``input_ids``, ``targets`` (a list of ids for each reference), ``task`` and ``instance``
+        (indices), ``length`` (of the source), ``cut_source``, ``cut_targets`` and ``dropped_examples`` (counts).
+    """
+    # Imported here, so that the engine and the modules need no `datasets`.
+    from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
+    from datasets.utils.logging import is_progress_bar_enabled
+
+    ids = List(Value("int32"))
+    number = Value("int32")
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()  # reading a finished cache shows several bars of no use
+    try:
+        return Dataset.from_generator(
+            _rows,
+            features=Features(
+                {
+                    "input_ids": ids,
+                    "targets": List(ids),
+                    "task": number,
+                    "instance": number,
+                    "length": number,
+                    "cut_source": number,
+                    "cut_targets": number,
+                    "dropped_examples": number,
+                }
+            ),
+            gen_kwargs={"tasks": tasks, "tokenizer": tokenizer, "options": options},
+            cache_dir=str(cache_dir) if cache_dir is not None else None,
+            fingerprint=fingerprint(tasks, tokenizer, options),
+        )
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def fingerprint(
+    tasks: Sequence[tuple[int, Task, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, options: SourceTarget
+) -> str:
+    """Digest everything that the rows depend on: the files' contents, the chosen instances, tokenizer and options."""
+    parts: list[Any] = [
+        FORMAT_VERSION,
+        [(index, task.name, task.digest, list(instances)) for index, task, instances in tasks],
+        tokenizer_fingerprint(tokenizer),
+        asdict(options),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest a tokenizer's vocabulary, rules and special tokens, wherever it was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        type(tokenizer).__name__,
+        sorted(tokenizer.get_vocab().items()),
+        {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
+        backend.to_str() if backend is not None else "",
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _rows(
+    tasks: Sequence[tuple[int, Task, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, options: SourceTarget
+) -> Iterator[dict[str, Any]]:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    for index, task, instances in tasks:
+        for position in instances:
+            instance = task.instances[position]
+            prompt = render(
+                task, instance.input, options.prompt, fits=lambda text: len(encode(text)) <= options.max_source_length
+            )
+            source, cut_source = cut(encode(prompt.text), options.max_source_length, tokenizer.eos_token_id)
+            targets = [cut(encode(o), options.max_target_length, tokenizer.eos_token_id) for o in instance.outputs]
+            yield {
+                "input_ids": source,
+                "targets": [target for target, _ in targets],
+                "task": index,
+                "instance": position,
+                "length": len(source),
+                "cut_source": int(cut_source),
+                "cut_targets": sum(was_cut for _, was_cut in targets),
+                "dropped_examples": prompt.dropped_examples,
+            }
+
+
+def cut(ids: list[int], limit: int, end: int) -> tuple[list[int], bool]:
+    """Cut ids at the end to ``limit``, keeping the end token if there was one; the second value says whether it was cut.
+
+    Example:
+        >>> cut([5, 6, 7, 1], 3, end=1)
+        ([5, 6, 1], True)
+    """
+    if len(ids) <= limit:
+        return ids, False
+    return (ids[: limit - 1] + [end] if ids[-1] == end else ids[:limit]), True

@@ -1,0 +1,56 @@
+"""What a learnable instruction is: task and instance in, embeddings and mask out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+
+Embed = Callable[[Tensor], Tensor]
+"""The backbone's input embedding: ids ``(...)`` to vectors ``(..., dim)``."""
+
+
+class InstructionEmbeddings(NamedTuple):
+    """Instructions of a batch, to be put before the embeddings of its inputs.
+
+    Args:
+        embeddings: ``(batch, length, dim)``.
+        mask: True where there is a vector ``(batch, length)``; others are left out.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+
+
+class Instruction(nn.Module, ABC):
+    """A learnable instruction: its parameters are the outer parameters phi.
+
+    It is made in two steps. The constructor takes the options; :meth:`build` makes the parameters once the train tasks,
+    the tokenizer and the backbone's embedding are known.
+    """
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions that the longest instruction takes before the input."""
+
+    @abstractmethod
+    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+        """Make the parameters.
+
+        Args:
+            tasks: The train tasks, in the order in which a batch's ``task`` counts them.
+            tokenizer: The backbone's tokenizer.
+            embedding: The backbone's input embedding, for its width and for initial values.
+
+        Raises:
+            ConfigurationError: If an option does not fit the tasks.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return the instruction of each instance of the batch."""

@@ -1,0 +1,56 @@
+"""The instruction embedder: a continuous instruction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.initialization import Initialization, Normal
+
+
+class EmbedderDP(Instruction):
+    r"""Instruction embedder, direct parameterization: one free matrix :math:`W_t \in R^{l \times d}` for each train task.
+
+    (Isonuma et al. 2023, section 3.2.)
+
+    Args:
+        length: :math:`l`, the vectors of an instruction. Default: 64, about the length of a definition; the reference
+            implementation takes up to 128.
+        init: Where the matrices start. Default: normal, as in the reference implementation.
+
+    Raises:
+        ConfigurationError: If the length is not positive.
+
+    Example:
+        >>> embedder = EmbedderDP(length=16)
+        >>> embedder.length
+        16
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, length: int = 64, init: Initialization | None = None) -> None:
+        super().__init__()
+        if length < 1:
+            raise ConfigurationError(f"`length` of a soft instruction must be 1 or more, got {length}.")
+        self._length = length
+        self.init = init if init is not None else Normal()
+
+    @property
+    def length(self) -> int:
+        """Vectors of an instruction."""
+        return self._length
+
+    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+        """Make ``weight``, of shape ``(tasks, length, dim)``; see :class:`Instruction`."""
+        self.weight = nn.Parameter(self.init(tasks, self.length, tokenizer, embedding))
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return the matrix of each instance's task, ``(batch, length, dim)``."""
+        embeddings = self.weight[batch.task]
+        return InstructionEmbeddings(embeddings, torch.ones_like(embeddings[..., 0], dtype=torch.bool))

@@ -1,0 +1,183 @@
+"""The instruction extractor: a discrete instruction, chosen among candidate exemplars."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.candidates import CandidatePool, tokenize_candidates
+from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
+
+# Positions set aside for ` Positive Example 1 -`, which takes 4 to 7 tokens with the tokenizers tried.
+HEADER_LENGTH = 8
+
+
+class Extractor(Instruction):
+    r"""Common to all extractors: candidates, and how weights over them become embeddings.
+
+    With weights :math:`p` over the candidates, slot :math:`i` of the instruction is its header (`` Positive Example i
+    -``) followed by :math:`\sum_j p_{ij} E(\text{candidate}_j)`, position by position. With one-hot weights that is the
+    embedded text of the chosen exemplar, token by token; otherwise a position is used if any candidate reaches it.
+
+    Args:
+        slots: :math:`k`, the exemplars to choose.
+        candidates: :math:`N`, the candidates of each task.
+        candidate_length: Tokens of a candidate; longer ones are cut.
+        pool: Where candidates come from.
+
+    Raises:
+        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+    """
+
+    candidate_ids: Tensor
+    candidate_mask: Tensor
+    header_ids: Tensor
+    header_mask: Tensor
+
+    def __init__(self, slots: int, candidates: int, candidate_length: int, pool: CandidatePool) -> None:
+        super().__init__()
+        for name, value in {"slots": slots, "candidates": candidates, "candidate_length": candidate_length}.items():
+            if value < 1:
+                raise ConfigurationError(f"`{name}` of an extractor must be 1 or more, got {value}.")
+        if slots > candidates:
+            raise ConfigurationError(
+                f"An extractor cannot fill {slots} `slots` from {candidates} `candidates`: raise `candidates` or lower "
+                "`slots`."
+            )
+        self.slots = slots
+        self.candidates = candidates
+        self.candidate_length = candidate_length
+        self.pool = pool
+        self.candidate_texts: list[list[str]] = []
+
+    @property
+    def length(self) -> int:
+        """Positions of all slots: header and candidate each."""
+        return self.slots * (HEADER_LENGTH + self.candidate_length)
+
+    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+        """Tokenize the candidates; see :class:`Instruction`."""
+        tokenized = tokenize_candidates(tasks, self.pool, self.candidates, self.slots, self.candidate_length, tokenizer)
+        if tokenized.headers.shape[1] > HEADER_LENGTH:
+            raise ConfigurationError(
+                f"The tokenizer makes {tokenized.headers.shape[1]} tokens of the header of an exemplar, and {HEADER_LENGTH} "
+                "are set aside for it: use a tokenizer that knows English words."
+            )
+        # Not in the checkpoint: they follow from the data.
+        self.register_buffer("candidate_ids", tokenized.ids, persistent=False)
+        self.register_buffer("candidate_mask", tokenized.mask, persistent=False)
+        self.register_buffer("header_ids", tokenized.headers, persistent=False)
+        self.register_buffer("header_mask", tokenized.header_mask, persistent=False)
+        self.candidate_texts = tokenized.texts
+
+    def extract(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Mix the candidates of tasks.
+
+        Args:
+            task: Indices of tasks ``(tasks,)``.
+            weights: Weights over the candidates of each ``(tasks, slots, candidates)``.
+            embed: The backbone's input embedding.
+
+        Returns:
+            Embeddings ``(tasks, slots * (header + candidate), dim)`` and their mask.
+        """
+        mask = self.candidate_mask[task]
+        candidates = embed(self.candidate_ids[task]) * mask.unsqueeze(-1)
+        mixed = torch.einsum("tsn,tnld->tsld", weights.to(candidates.dtype), candidates)
+        used = torch.einsum("tsn,tnl->tsl", (weights > 0).float(), mask.float()) > 0
+        return self.join(mixed, used, embed)
+
+    def join(self, bodies: Tensor, mask: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Put each slot's header before its exemplar ``(batch, slots, length, dim)`` and the slots in a row."""
+        headers = embed(self.header_ids).expand(len(bodies), -1, -1, -1)
+        header_mask = self.header_mask.expand(len(bodies), -1, -1)
+        return InstructionEmbeddings(
+            torch.cat([headers, bodies], dim=2).flatten(1, 2), torch.cat([header_mask, mask], dim=2).flatten(1, 2)
+        )
+
+
+class ExtractorDP(Extractor):
+    r"""Instruction extractor, direct parameterization: free logits :math:`V_t \in R^{k \times N}` for each train task.
+
+    (Isonuma et al. 2023, section 3.3.) The logits start at zero, as in the reference implementation: every candidate is
+    as likely as any other.
+
+    Args:
+        slots: :math:`k`, the exemplars to choose for each task. Default: 1.
+        candidates: :math:`N`, the candidates of each task. Default: 32, as in the reference implementation.
+        candidate_length: Tokens of a candidate; longer ones are cut, and counted. Default: 128, likewise.
+        pool: Where candidates come from. Default: positive examples, filled up with instances.
+        relaxation: How the choice is differentiated. Default: straight-through, as in the paper. On small problems soft
+            mixing finds the better exemplar far more often, because all candidates get a gradient.
+
+    Raises:
+        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+
+    Example:
+        >>> from diopt_lightning.instructions import Soft
+        >>> ExtractorDP(slots=1, candidates=4, relaxation=Soft()).candidates
+        4
+    """
+
+    logits: nn.Parameter
+
+    def __init__(
+        self,
+        slots: int = 1,
+        candidates: int = 32,
+        candidate_length: int = 128,
+        pool: CandidatePool = CandidatePool(),
+        relaxation: Relaxation | None = None,
+    ) -> None:
+        super().__init__(slots, candidates, candidate_length, pool)
+        self.relaxation = relaxation if relaxation is not None else StraightThrough()
+
+    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+        """Tokenize the candidates and make ``logits``, of shape ``(tasks, slots, candidates)``."""
+        super().build(tasks, tokenizer, embedding)
+        self.logits = nn.Parameter(torch.zeros(len(tasks), self.slots, self.candidates, device=embedding.weight.device))
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return the chosen exemplars of each instance's task."""
+        # Candidates are embedded once for each task of the batch: they are by far the largest tensor here.
+        tasks, position = batch.task.unique(return_inverse=True)
+        embeddings, mask = self.extract(tasks, self.relaxation(self.logits[tasks]), embed)
+        return InstructionEmbeddings(embeddings[position], mask[position])
+
+    def probabilities(self) -> Tensor:
+        """The softmax of the logits, ``(tasks, slots, candidates)``."""
+        return (self.logits.detach() / self.relaxation.temperature).softmax(dim=-1)
+
+
+class RandomExemplar(Extractor):
+    """Random exemplars of the task, drawn anew for every instance of every batch: nothing is learned.
+
+    The baseline of an extractor, with the same candidates.
+
+    Args:
+        slots: The exemplars to draw for each instance, without repetition.
+        candidates: The candidates of each task.
+        candidate_length: Tokens of a candidate; longer ones are cut, and counted.
+        pool: Where candidates come from.
+
+    Raises:
+        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+    """
+
+    def __init__(
+        self, slots: int = 1, candidates: int = 32, candidate_length: int = 128, pool: CandidatePool = CandidatePool()
+    ) -> None:
+        super().__init__(slots, candidates, candidate_length, pool)
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return random exemplars of each instance's task."""
+        # Drawn on the CPU, whose random state Lightning seeds and checkpoints alike on every machine.
+        drawn = torch.rand(len(batch.task), self.candidates).topk(self.slots).indices.to(batch.task.device)
+        task = batch.task.unsqueeze(1)
+        mask = self.candidate_mask[task, drawn]
+        return self.join(embed(self.candidate_ids[task, drawn]) * mask.unsqueeze(-1), mask, embed)

@@ -1,0 +1,7 @@
+"""Lightning modules."""
+
+from diopt_lightning.modules.bilevel import BilevelModule
+from diopt_lightning.modules.instruction_optimization import InstructionOptimization
+from diopt_lightning.modules.instruction_tuning import InstructionTuning
+
+__all__ = ["BilevelModule", "InstructionOptimization", "InstructionTuning"]

@@ -1,0 +1,318 @@
+"""The alternation: K inner steps, then one outer step, for any inner and outer loss."""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from diopt_lightning.bilevel import (
+    BilevelProblem,
+    Hypergradient,
+    HypergradientEstimator,
+    Neumann,
+    average_over_processes,
+)
+from diopt_lightning.bilevel.vectors import add, scale
+from diopt_lightning.errors import ConfigurationError
+
+
+class BilevelModule(pl.LightningModule, ABC):
+    r"""Bilevel optimization of any Lightning module: override the two losses and say which parameters are outer.
+
+    Each training step is given ``{"inner": batch, "outer": batch}`` and takes an inner step,
+
+    .. math:: \theta \leftarrow \theta - \eta_\theta \nabla_\theta L_{train}(\theta, \phi) .
+
+    After every ``inner_steps`` of them an outer step follows, along the hypergradient of the estimator,
+
+    .. math:: \phi \leftarrow \phi - \eta_\phi \, dL_{val}(\theta^*(\phi), \phi) / d\phi ,
+
+    computed from the same inner batch and its outer batch. (The reference implementation uses the batch of the *next*
+    inner step; one that has just been used keeps the alternation in one place.) Outer batches of other steps are not
+    used; shuffle the outer loader, so that they differ from round to round.
+
+    Lightning counts every optimizer step in ``trainer.global_step``. Here the inner ones alone count, so that
+    ``max_steps``, ``every_n_train_steps`` and schedules mean inner steps. Checkpoints hold the counters below and the
+    estimator's state; both optimizers and schedulers are Lightning's business, as always.
+
+    Args:
+        hypergradient: Estimates :math:`dL_{val}/d\phi`. Default: :class:`~diopt_lightning.bilevel.Neumann`.
+        inner_steps: :math:`K`, inner optimizer steps before each outer step. Default: 1, as in the reference
+            implementation.
+        inner_optimizer: Makes the optimizer of theta. Default: AdamW with learning rate 1e-5.
+        outer_optimizer: Makes the optimizer of phi. Default: Adam with learning rate 1e-2.
+        inner_scheduler: Makes a learning rate scheduler that advances after every inner optimizer step.
+        outer_scheduler: Makes a learning rate scheduler that advances after every outer optimizer step.
+        inner_gradient_clip: Largest norm of the inner gradient; ``null`` for no limit. Default: 1, as in the paper.
+        outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
+        inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
+        outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step: the last ones of the
+            round, so at most ``inner_steps * inner_accumulation``.
+
+    Attributes:
+        inner_batches_seen: Training batches so far.
+        inner_steps_taken: Inner optimizer steps so far; equals ``trainer.global_step``.
+        outer_steps_taken: Outer optimizer steps so far.
+
+    Raises:
+        ConfigurationError: If an argument is out of range.
+
+    Example:
+        >>> class HyperCleaning(BilevelModule):  # learn the weight of each of 100 noisily labelled rows
+        ...     def __init__(self):
+        ...         super().__init__(inner_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        ...         self.model = nn.Linear(8, 1)
+        ...         self.weights = nn.Parameter(torch.zeros(100))
+        ...     def inner_loss(self, batch):
+        ...         x, y, index = batch
+        ...         return (self.weights[index].sigmoid() * (self.model(x) - y).square().squeeze(1)).mean()
+        ...     def outer_loss(self, batch):
+        ...         x, y = batch
+        ...         return (self.model(x) - y).square().mean()
+        ...     def outer_parameters(self):
+        ...         return [self.weights]
+        >>> len(HyperCleaning().inner_parameters())
+        2
+    """
+
+    def __init__(
+        self,
+        hypergradient: HypergradientEstimator | None = None,
+        inner_steps: int = 1,
+        inner_optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        outer_optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        inner_scheduler: LRSchedulerCallable | None = None,
+        outer_scheduler: LRSchedulerCallable | None = None,
+        inner_gradient_clip: float | None = 1.0,
+        outer_gradient_clip: float | None = 1.0,
+        inner_accumulation: int = 1,
+        outer_accumulation: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, number in {
+            "inner_steps": inner_steps,
+            "inner_accumulation": inner_accumulation,
+            "outer_accumulation": outer_accumulation,
+        }.items():
+            if number < 1:
+                raise ConfigurationError(f"`{name}` must be 1 or more, got {number}.")
+        for name, limit in {"inner": inner_gradient_clip, "outer": outer_gradient_clip}.items():
+            if limit is not None and not limit > 0:
+                raise ConfigurationError(f"`{name}_gradient_clip` must be positive or null, got {limit}.")
+        if outer_accumulation > inner_steps * inner_accumulation:
+            raise ConfigurationError(
+                f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "
+                f"{inner_accumulation} batch(es) has only {inner_steps * inner_accumulation} pairs: lower it, or make the "
+                "outer loader's batches larger."
+            )
+        # Two optimizers with steps of their own: Lightning's automatic optimization has one.
+        self.automatic_optimization = False
+        self.hypergradient = hypergradient if hypergradient is not None else Neumann()
+        self.inner_steps = inner_steps
+        self.inner_optimizer = inner_optimizer
+        self.outer_optimizer = outer_optimizer
+        self.inner_scheduler = inner_scheduler
+        self.outer_scheduler = outer_scheduler
+        self.inner_gradient_clip = inner_gradient_clip
+        self.outer_gradient_clip = outer_gradient_clip
+        self.inner_accumulation = inner_accumulation
+        self.inner_batches_seen = 0
+        self.inner_steps_taken = 0
+        self.outer_steps_taken = 0
+        self._pairs: deque[tuple[Any, Any]] = deque(maxlen=outer_accumulation)
+
+    @abstractmethod
+    def inner_loss(self, batch: Any) -> Tensor:
+        r"""Return :math:`L_{train}(\theta, \phi)` of a batch of the inner loader, a scalar."""
+
+    @abstractmethod
+    def outer_loss(self, batch: Any) -> Tensor:
+        r"""Return :math:`L_{val}(\theta, \phi)` of a batch of the outer loader, a scalar."""
+
+    @abstractmethod
+    def outer_parameters(self) -> Sequence[nn.Parameter]:
+        r"""Return :math:`\phi`."""
+
+    def inner_parameters(self) -> Sequence[nn.Parameter]:
+        r"""Return :math:`\theta`. Default: all parameters that require a gradient and are not outer."""
+        outer = {id(parameter) for parameter in self.outer_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in outer]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Take an inner step, and an outer step where a round of ``inner_steps`` is complete."""
+        inner_batch, outer_batch = self._levels(batch)
+        stepped = self._inner_step(inner_batch)
+        self._pairs.append((inner_batch, outer_batch))
+        if stepped and self.inner_steps_taken % self.inner_steps == 0:
+            self._outer_step()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make both optimizers and their schedulers; the inner level comes first."""
+        configured: list[Any] = []
+        for level in ("inner", "outer"):
+            optimizer = getattr(self, f"{level}_optimizer")(getattr(self, f"{level}_parameters")())
+            configured.append({"optimizer": optimizer})
+            make_scheduler = getattr(self, f"{level}_scheduler")
+            if make_scheduler is not None:
+                scheduler = make_scheduler(optimizer)
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    raise ConfigurationError(
+                        f"`{level}_scheduler` is a ReduceLROnPlateau, which needs a metric at every step: choose a "
+                        "scheduler that follows the number of steps."
+                    )
+                configured[-1]["lr_scheduler"] = {"scheduler": scheduler, "name": f"lr-{level}"}
+        return tuple(configured)
+
+    def on_fit_start(self) -> None:
+        """Refuse what cannot work, and let all processes start from the same outer parameters.
+
+        Raises:
+            ConfigurationError: If the trainer's precision scales the loss.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                f"`trainer.precision` is {self.trainer.precision}, whose loss scaling would divide the hypergradient by "
+                "the scale: use `32-true` or `bf16-mixed`."
+            )
+        for parameter in self.outer_parameters():
+            parameter.data = self.trainer.strategy.broadcast(parameter.data)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Keep the outer parameters out of DDP's reducer, which otherwise waits for their gradients in inner steps.
+
+        ``DistributedDataParallel`` reads this attribute of the module that it wraps.
+        """
+        outer = {id(parameter) for parameter in self.outer_parameters()}
+        return [name for name, parameter in self.named_parameters(remove_duplicate=False) if id(parameter) in outer]
+
+    def _levels(self, batch: Any) -> tuple[Any, Any]:
+        if not isinstance(batch, dict) or not {"inner", "outer"} <= batch.keys():
+            found = f"the keys {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
+            raise ConfigurationError(
+                f"A bilevel training step needs {{'inner': batch, 'outer': batch}}, got {found}: pass "
+                "`{'inner': inner_loader, 'outer': outer_loader}` as the training data loaders."
+            )
+        return batch["inner"], batch["outer"]
+
+    def _inner_step(self, batch: Any) -> bool:
+        """Accumulate a gradient of the inner loss; return whether the optimizer took a step."""
+        optimizer = self.optimizers()[0]  # type: ignore[index]
+        with constants(self.outer_parameters()):
+            loss = self.inner_loss(batch)
+            self.manual_backward(loss / self.inner_accumulation)
+        self.log("inner_loss", loss.detach(), prog_bar=True)
+        self.inner_batches_seen += 1
+        if self.inner_batches_seen % self.inner_accumulation != 0:
+            return False
+        norm = clip(self.inner_parameters(), self.inner_gradient_clip)
+        self.log("inner_gradient_norm", norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self._advance_scheduler("inner")
+        self.inner_steps_taken += 1
+        return True
+
+    def _outer_step(self) -> None:
+        """Move the outer parameters along the hypergradient, averaged over the last pairs of batches."""
+        # The plain optimizer: a step of Lightning's wrapper would count in `trainer.global_step`.
+        optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
+        parameters = list(self.outer_parameters())
+        estimates = [self.estimate_hypergradient(*pair) for pair in self._pairs]
+        self._pairs.clear()
+        gradient = estimates[0].gradient
+        for estimate in estimates[1:]:
+            gradient = add(gradient, estimate.gradient)
+        for parameter, entry in zip(parameters, scale(gradient, 1 / len(estimates)), strict=True):
+            parameter.grad = entry.to(parameter.dtype)
+        norm = clip(parameters, self.outer_gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        self._advance_scheduler("outer")
+        self.outer_steps_taken += 1
+        self.log("outer_loss", torch.stack([estimate.outer_loss for estimate in estimates]).mean(), prog_bar=True)
+        self.log("hypergradient/norm", norm)
+        for name in estimates[0].statistics:
+            self.log(f"hypergradient/{name}", sum(e.statistics[name] for e in estimates) / len(estimates))
+
+    def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
+        """Estimate the hypergradient at the current parameters, with dropout off.
+
+        Dropout that is drawn anew in every product would be a different system in each of them.
+        """
+        with evaluation_mode(self):
+            return self.hypergradient(
+                BilevelProblem(
+                    inner_loss=lambda: self.inner_loss(inner_batch),
+                    outer_loss=lambda: self.outer_loss(outer_batch),
+                    inner_parameters=self.inner_parameters(),
+                    outer_parameters=self.outer_parameters(),
+                    average=average_over_processes,
+                )
+            )
+
+    def _advance_scheduler(self, level: str) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.name == f"lr-{level}":
+                config.scheduler.step()  # type: ignore[call-arg]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the estimator's state."""
+        checkpoint["bilevel"] = {
+            "inner_batches_seen": self.inner_batches_seen,
+            "inner_steps_taken": self.inner_steps_taken,
+            "outer_steps_taken": self.outer_steps_taken,
+            "hypergradient": self.hypergradient.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` added."""
+        state = checkpoint["bilevel"]
+        self.inner_batches_seen = state["inner_batches_seen"]
+        self.inner_steps_taken = state["inner_steps_taken"]
+        self.outer_steps_taken = state["outer_steps_taken"]
+        self.hypergradient.load_state_dict(state["hypergradient"])
+
+
+@contextmanager
+def constants(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Treat parameters as constants meanwhile: no graph for them, and no gradient in their ``.grad``."""
+    required = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, required, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and restore the mode of every submodule afterwards."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale gradients to a norm of at most ``limit``, and return the norm before that.
+
+    Raises:
+        RuntimeError: If the norm is not finite: a step along it would destroy the parameters.
+    """
+    return nn.utils.clip_grad_norm_(
+        parameters, max_norm=limit if limit is not None else float("inf"), error_if_nonfinite=True
+    )

@@ -1,0 +1,165 @@
+"""What training with and without learned instructions share: how a model is built and tested."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from diopt_lightning.backbones import Backbone
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions import Instruction
+from diopt_lightning.metrics import ExactMatch, RougeL
+
+
+class Prediction(TypedDict):
+    """A line of the official predictions file, and what it is about.
+
+    The official evaluation reads ``id`` and ``prediction``.
+    """
+
+    id: str
+    prediction: str
+    references: list[str]
+    task: str
+    category: str
+
+
+class InstructionEvaluation(pl.LightningModule):
+    """Builds backbone and instruction from the data module, and tests on tasks with human-written instructions.
+
+    Subclasses set the three attributes in their constructor.
+
+    Attributes:
+        backbone: The language model.
+        instruction: The learnable instruction, or ``None``.
+        max_new_tokens: Tokens that are generated at most.
+        scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
+    """
+
+    backbone: Backbone
+    instruction: Instruction | None
+    max_new_tokens: int
+    scores: dict[str, dict[str, float]]
+
+    @property
+    def instruction_length(self) -> int:
+        """Positions that the learned instruction takes from the source limit; the data module asks for it."""
+        return self.instruction.length if self.instruction is not None else 0
+
+    @property
+    def data(self) -> NaturalInstructionsDataModule:
+        """The data module of the run.
+
+        Raises:
+            ConfigurationError: If there is another one or none.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, NaturalInstructionsDataModule):
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a NaturalInstructionsDataModule for its tasks and tokenizer, got "
+                f"{type(data).__name__}: pass `datamodule=` to the trainer."
+            )
+        return data
+
+    def configure_model(self) -> None:
+        """Make the model and the instruction's parameters, once tasks and tokenizer are known."""
+        if hasattr(self, "scores"):
+            return
+        self.backbone.build(self.data.tokenizer)
+        if self.instruction is not None:
+            self.instruction.build(self.data.split_tasks("train"), self.data.tokenizer, self.backbone.embedding)
+        for stage in ("dev", "test"):
+            categories = {task.name: task.category for task in self.data.split_tasks(stage)}
+            if categories:
+                setattr(self, f"{stage}_metrics", Metrics(categories))
+        self.scores = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluate a batch of dev tasks, which select checkpoints."""
+        self._evaluate("dev", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+        """Evaluate a batch of unseen test tasks."""
+        return self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+        """Predict a batch of unseen test tasks."""
+        return self._predict(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all dev tasks."""
+        self._log_scores("dev")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over all test tasks."""
+        self._log_scores("test")
+
+    def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
+        targets = int((batch.labels != IGNORED_LABEL).sum())
+        # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
+        loss = self.backbone.loss(batch)
+        self.log(f"{stage}/loss", loss, batch_size=targets, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
+        predictions = self._predict(batch)
+        getattr(self, f"{stage}_metrics").update(predictions)
+        return predictions
+
+    def _predict(self, batch: Batch) -> list[Prediction]:
+        outputs = self.backbone.generate(batch, self.max_new_tokens)
+        texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        tasks = self.data.tasks
+        predictions: list[Prediction] = []
+        for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
+            task, instance = tasks[t], tasks[t].instances[i]
+            predictions.append(
+                {
+                    "id": instance.id,
+                    "prediction": text.strip(),
+                    "references": list(instance.outputs),
+                    "task": task.name,
+                    "category": task.category,
+                }
+            )
+        return predictions
+
+    def _log_scores(self, stage: str) -> None:
+        """Show the means over all, and hand those per category and per task to the loggers only: they are many."""
+        metrics: Metrics = getattr(self, f"{stage}_metrics")
+        scores = metrics.compute()
+        metrics.reset()
+        self.scores[stage] = {name: float(value) for name, value in scores.items()}
+        for name in ("rougeL", "exact_match"):
+            self.log(f"{stage}/{name}", self.scores[stage][f"{name}/all"], prog_bar=stage == "dev")
+        details = {f"{stage}/{name}": value for name, value in self.scores[stage].items() if not name.endswith("/all")}
+        for logger in self.loggers:
+            logger.log_metrics(details, step=self.global_step)
+
+
+class Metrics(MetricCollection):
+    """ROUGE-L and exact match of predictions.
+
+    Args:
+        categories: The category of each task.
+    """
+
+    def __init__(self, categories: dict[str, str]) -> None:
+        super().__init__({"rougeL": RougeL(categories), "exact_match": ExactMatch(categories)}, compute_groups=False)
+
+    def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]
+        """Add predictions."""
+        super().update(
+            [prediction["prediction"] for prediction in predictions],
+            [prediction["references"] for prediction in predictions],
+            [prediction["task"] for prediction in predictions],
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``METRIC/all``, ``METRIC/category/NAME`` and ``METRIC/task/NAME``."""
+        return {
+            f"{name}/{group}": value
+            for name, metric in self.items(keep_base=True)
+            for group, value in metric.compute().items()
+        }

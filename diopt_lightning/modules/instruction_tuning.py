@@ -1,0 +1,83 @@
+"""Instruction tuning: the baselines."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from diopt_lightning.backbones import Backbone
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions import Instruction
+from diopt_lightning.modules.evaluation import InstructionEvaluation
+
+
+class InstructionTuning(InstructionEvaluation):
+    r"""Plain instruction tuning: :math:`\min_{\theta, \phi} L_{train}(\theta, \phi)` by backpropagation.
+
+    The baselines of the paper differ in the data module's ``train_prompt`` and in ``instruction``: no instruction (an
+    empty prompt), the definition, definition and examples, random exemplars
+    (:class:`~diopt_lightning.instructions.RandomExemplar`), and instructions that are learned without the bilevel
+    structure (any learnable instruction). Validation tasks are left out, as in the bilevel run that it is compared with;
+    to train on them too, set ``data.validation_tasks`` to 0.
+
+    Optimization is Lightning's automatic one; clip and accumulate with ``trainer.gradient_clip_val`` (the paper: 1.0)
+    and ``trainer.accumulate_grad_batches``.
+
+    Args:
+        backbone: The language model theta.
+        instruction: An instruction to put before the input, learned together with theta where it has parameters.
+        optimizer: Makes the optimizer. Default: AdamW with learning rate 1e-5, as for the inner level.
+        instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
+        scheduler: Makes a learning rate scheduler that advances after every optimizer step.
+        max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
+
+    Raises:
+        ConfigurationError: If an argument is out of range.
+
+    Example:
+        >>> from diopt_lightning.backbones import Seq2Seq
+        >>> module = InstructionTuning(backbone=Seq2Seq(config={"model_type": "t5", "d_model": 64}))
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        instruction: Instruction | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        instruction_lr: float = 1e-2,
+        scheduler: LRSchedulerCallable | None = None,
+        max_new_tokens: int = 128,
+    ) -> None:
+        super().__init__()
+        if not instruction_lr > 0:
+            raise ConfigurationError(f"`instruction_lr` must be positive, got {instruction_lr}.")
+        if max_new_tokens < 1:
+            raise ConfigurationError(f"`max_new_tokens` must be 1 or more, got {max_new_tokens}.")
+        self.backbone = backbone
+        self.instruction = instruction
+        self.optimizer = optimizer
+        self.instruction_lr = instruction_lr
+        self.scheduler = scheduler
+        self.max_new_tokens = max_new_tokens
+
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+        """Return the loss of a batch of train tasks; an outer batch is left unused."""
+        instruction = None
+        if self.instruction is not None:
+            instruction = self.instruction(batch["inner"], self.backbone.embedding)
+        loss = self.backbone.loss(batch["inner"], instruction)
+        self.log("inner_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make one optimizer with a group of parameters for the model and one for the instruction."""
+        groups: list[dict[str, Any]] = [{"params": list(self.backbone.parameters())}]
+        if self.instruction is not None and list(self.instruction.parameters()):
+            groups.append({"params": list(self.instruction.parameters()), "lr": self.instruction_lr})
+        optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}  # type: ignore[return-value]
