@@ -31,7 +31,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Token-level cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's tokens."""
+        """Cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's target tokens."""
 
     @abstractmethod
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
@@ -41,8 +41,8 @@ class Backbone(nn.Module, ABC):
 def prepend(instruction: InstructionEmbeddings, embeddings: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Put instructions before inputs, without gaps.
 
-    Unused positions of an instruction would stand between it and the input, where relative positions count them. So what
-    is used moves to the front, in order: the model sees exactly what it would see of the same text in one piece.
+    Unused positions of an instruction would stand between it and the input, where relative positions count them. So
+    what is used moves to the front, in order: the model sees what it would see of the same text in one piece.
 
     Args:
         instruction: Embeddings and mask ``(batch, instruction_length, ...)``.
@@ -50,8 +50,7 @@ def prepend(instruction: InstructionEmbeddings, embeddings: Tensor, attention_ma
         attention_mask: Mask of the inputs ``(batch, source_length)``.
 
     Returns:
-        Embeddings ``(batch, length, dim)`` and attention mask ``(batch, length)``, padded at the end, with the length of
-        the longest.
+        Embeddings ``(batch, length, dim)`` and attention mask ``(batch, length)``, padded at the end to the longest.
     """
     joined = torch.cat([instruction.embeddings.to(embeddings.dtype), embeddings], dim=1)
     mask = torch.cat([instruction.mask.to(attention_mask.dtype), attention_mask], dim=1)

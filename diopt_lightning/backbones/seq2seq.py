@@ -1,6 +1,7 @@
 """Encoder-decoder models of transformers."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ class Seq2Seq(Backbone):
         super().__init__()
         if pretrained is not None and config is not None:
             raise ConfigurationError(
-                f"Give `pretrained` or `config`, not both: got {pretrained!r} and {config!r}. To replace a pretrained model "
-                "from a configuration file on the command line, set it to `null`."
+                f"Give `pretrained` or `config`, not both: got {pretrained!r} and {config!r}. To replace a pretrained "
+                "model from a configuration file on the command line, set it to `null`."
             )
         if pretrained is None and config is None:
             raise ConfigurationError("Give a `pretrained` model or a `config` with a `model_type` for random weights.")
@@ -54,16 +55,15 @@ class Seq2Seq(Backbone):
     @property
     def embedding(self) -> nn.Embedding:
         """The encoder's input embedding."""
-        embedding: nn.Embedding = self.model.get_input_embeddings()
-        return embedding
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load the model, or make it from the configuration; see :class:`Backbone`."""
         if hasattr(self, "model"):
             return
-        model = self._load() if self.pretrained is not None else self._make(tokenizer)
+        model = self._load(self.pretrained) if self.pretrained is not None else self._make(tokenizer)
         name = self.pretrained or f"config {self.config}"
-        embeddings = model.get_input_embeddings().num_embeddings
+        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         if len(tokenizer) > embeddings:
             raise ConfigurationError(
                 f"The tokenizer has {len(tokenizer)} tokens, and the model ({name}) {embeddings} embeddings: "
@@ -73,8 +73,8 @@ class Seq2Seq(Backbone):
             ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(model.config, f"{role}_token_id")
             if ours != theirs:
                 raise ConfigurationError(
-                    f"The {role} token is {ours} in the tokenizer and {theirs} in the model ({name}): `data.tokenizer` must "
-                    "be the one of the model."
+                    f"The {role} token is {ours} in the tokenizer and {theirs} in the model ({name}): "
+                    "`data.tokenizer` must be the one of the model."
                 )
         # `from_pretrained` returns a model in evaluation mode, in which dropout would stay off while training.
         self.model = model.train()
@@ -90,23 +90,24 @@ class Seq2Seq(Backbone):
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
         """Greedy outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
-        outputs: Tensor = self.model.generate(
+        generate = cast(Callable[..., Tensor], self.model.generate)
+        return generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
         )
-        return outputs
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self, name: str) -> PreTrainedModel:
         try:
             # In float32 whatever the file holds: Lightning's precision decides what is computed in.
-            return AutoModelForSeq2SeqLM.from_pretrained(self.pretrained, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+            return model
         except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"Cannot load `{self.pretrained}` as an encoder-decoder model: it is neither a folder with one nor a name "
-                f"on the hub that can be reached ({str(error).strip().splitlines()[0]})."
+                f"Cannot load `{name}` as an encoder-decoder model: it is neither a folder with one nor a "
+                f"name on the hub that can be reached ({str(error).strip().splitlines()[0]})."
             ) from error
 
     def _make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -120,6 +121,7 @@ class Seq2Seq(Backbone):
         }
         try:
             config = AutoConfig.for_model(**options)
-            return AutoModelForSeq2SeqLM.from_config(config)
+            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)  # type: ignore[no-untyped-call]
+            return model
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"`config` {self.config!r} makes no encoder-decoder model: {error}") from error

@@ -93,6 +93,8 @@ class HypergradientEstimator(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
 
 
 def outer_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:

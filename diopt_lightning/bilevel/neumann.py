@@ -18,8 +18,8 @@ class Neumann(HypergradientEstimator):
     :math:`M + 1` products, and converges for :math:`0 < \gamma < 2 / \lambda_{max}` where :math:`H` is positive
     definite. A larger :math:`\gamma` does not fail: it flips the sign of the answer. A deep network's Hessian also has
     negative eigenvalues, along which every further term makes the answer worse. Both show in the residual, which comes
-    free with the last product: :math:`v_0 - H p = (I - \gamma H)^{M+1} v_0`. Where it is larger than :math:`v_0` itself,
-    a :class:`~diopt_lightning.bilevel.ConvergenceWarning` says which of the two it is, and by how much.
+    free with the last product: :math:`v_0 - H p = (I - \gamma H)^{M+1} v_0`. Where it is larger than :math:`v_0`
+    itself, a :class:`~diopt_lightning.bilevel.ConvergenceWarning` says which of the two it is, and by how much.
 
     Args:
         terms: :math:`M`, the terms after the first. Default: 1, as in the paper's implementation.
@@ -116,21 +116,19 @@ class Neumann(HypergradientEstimator):
         """Say why the residual grew, judged by the curvature along it."""
         curvature = (dot(residual, linearization.hessian(residual)) / dot(residual, residual)).item()
         found = (
-            f"The Neumann series diverges: after {self.terms + 1} terms with step size {statistics['step_size']:.3g} the "
-            f"residual is {statistics['residual']:.3g} times the right-hand side"
+            f"The Neumann series diverges: after {self.terms + 1} terms with step size {statistics['step_size']:.3g} "
+            f"the residual is {statistics['residual']:.3g} times the right-hand side"
         )
         if curvature > 0:
             advice = (
-                f", along a curvature of {curvature:.3g}. A step size above 2 / {curvature:.3g} turns the hypergradient "
-                f"around: set `step_size` to {1 / curvature:.3g} or less, or leave it out to have it estimated."
+                f", along a curvature of {curvature:.3g}. A step size above 2 / {curvature:.3g} turns the "
+                f"hypergradient around: set `step_size` to {1 / curvature:.3g} or less, or leave it out to have it "
+                "estimated."
             )
         else:
             advice = (
-                f", along a negative curvature of {curvature:.3g}: the inner problem is not at a minimum, and more terms "
-                f"make it worse. Use fewer than {self.terms} `terms`, or more inner steps before an outer one."
-                if self.terms
-                else f", along a negative curvature of {curvature:.3g}: the inner problem is not at a minimum. Take more "
-                "inner steps before an outer one."
+                f", along a negative curvature of {curvature:.3g}: the inner problem is not at a minimum, and more "
+                f"terms make it worse. Use fewer `terms` (now {self.terms}), or more inner steps before an outer one."
             )
         warnings.warn(found + advice, ConvergenceWarning, stacklevel=4)
 

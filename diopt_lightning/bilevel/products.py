@@ -1,7 +1,7 @@
 """How to differentiate: the products of the inner loss's second derivatives with a vector."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -90,12 +90,13 @@ class _GradientGraph(Linearization):
         products = self._products(v, [*inner, *self._problem.outer_parameters])
         return products[: len(inner)], products[len(inner) :]
 
-    def _products(self, v: Vector, parameters: list[Tensor]) -> Vector:
+    def _products(self, v: Vector, parameters: Sequence[Tensor]) -> Vector:
         """Differentiate ``<gradient, v>`` with respect to ``parameters``."""
         entries = [(g, entry.to(g.dtype)) for g, entry in zip(self._gradient, v, strict=True) if g is not None]
         products: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if entries:
             outputs, directions = zip(*entries, strict=True)
+            # Checkpointed layers run their forward pass again in here.
             with sdpa_kernel(SDPBackend.MATH):
                 products = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
         return self._problem.average(as_vector(products, parameters))

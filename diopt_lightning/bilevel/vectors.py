@@ -36,21 +36,22 @@ def solver_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product ``<a, b>`` as a scalar tensor."""
     return torch.stack([product.sum() for product in torch._foreach_mul(a, b)]).sum()
 
 
-def norm(a: Sequence[Tensor]) -> Tensor:
+def norm(a: Vector) -> Tensor:
     """Euclidean norm of the concatenated vector as a scalar tensor."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
+    size: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
+    return size
 
 
-def scale(a: Sequence[Tensor], factor: float | Tensor) -> Vector:
+def scale(a: Vector, factor: float) -> Vector:
     """Return ``factor * a``."""
     return list(torch._foreach_mul(a, factor))
 
 
-def add(a: Sequence[Tensor], b: Sequence[Tensor], factor: float = 1.0) -> Vector:
+def add(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
     """Return ``a + factor * b`` in new tensors."""
     return list(torch._foreach_add(a, b, alpha=factor))

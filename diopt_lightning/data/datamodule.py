@@ -26,10 +26,11 @@ SPLITS = ("train", "validation", "dev", "test")
 class NaturalInstructionsDataModule(pl.LightningDataModule):
     """Super-NaturalInstructions, or anything in its layout, as four disjoint sets of tasks.
 
-    Reads ``root/tasks/*.json`` and ``root/splits/SPLIT/{train,test}_tasks.txt`` untouched. Validation and dev tasks come
-    from ``validation_tasks.txt`` and ``dev_tasks.txt`` beside those, and where a list does not exist they are drawn from
-    the train tasks. Training batches are dictionaries with ``inner`` (train tasks) and, if there are validation tasks,
-    ``outer``. Lightning's validation loop gets the dev tasks, its test and predict loops the test tasks.
+    Reads ``root/tasks/*.json`` and ``root/splits/SPLIT/{train,test}_tasks.txt`` untouched. Validation and dev tasks
+    come from ``validation_tasks.txt`` and ``dev_tasks.txt`` beside those, and where a list does not exist they are
+    drawn from the train tasks. Training batches are dictionaries with ``inner`` (train tasks) and, if there are
+    validation tasks, ``outer``. Lightning's validation loop gets the dev tasks, its test and predict loops the test
+    tasks.
 
     Args:
         root: Folder of the data.
@@ -38,9 +39,9 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         validation_tasks: Tasks of the outer loss to draw from the train tasks, as a number or a fraction of them.
         dev_tasks: Tasks that select checkpoints, to draw likewise from what is left.
         whole_categories: Hold whole categories out for validation and dev tasks, instead of a share of each.
-        split_seed: Seed of the draw. It is apart from the run's seed, so that runs with several seeds share their tasks.
-        train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default: none.
-        validation_prompt: The same for validation tasks. Default: definition and two positive examples.
+        split_seed: Seed of the draw. It is apart from the run's seed, so that runs with several seeds share their
+        tasks. train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default:
+        none. validation_prompt: The same for validation tasks. Default: definition and two positive examples.
         test_prompt: The same for dev and test tasks. Default: definition and two positive examples.
         instances_per_task: Instances of each train and validation task, drawn at random where there are more.
         test_instances_per_task: Instances of each dev and test task, the first ones of the file: the first 100 of the
@@ -219,8 +220,9 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         reserved: int = getattr(module, "instruction_length", 0)
         if reserved >= self.max_source_length:
             raise ConfigurationError(
-                f"`data.max_source_length` is {self.max_source_length}, and the learned instruction alone takes {reserved} "
-                "positions: raise the limit, or make the instruction shorter (`length`, `slots` or `candidate_length`)."
+                f"`data.max_source_length` is {self.max_source_length}, and the learned instruction alone takes "
+                f"{reserved} positions: raise the limit, or make the instruction shorter (`length`, `slots` or "
+                "`candidate_length`)."
             )
         return reserved
 

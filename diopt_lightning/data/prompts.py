@@ -65,11 +65,11 @@ def example_header(kind: str, number: int) -> str:
 
 
 def example_body(example: Example, explanations: bool = False) -> str:
-    """An example without its header.
+    r"""An example without its header.
 
     Example:
         >>> example_body(Example("2 + 2", "4", "We add."), explanations=True)
-        'Input: 2 + 2.\\n Output: 4.\\n Explanation: We add.\\n\\n'
+        'Input: 2 + 2.\n Output: 4.\n Explanation: We add.\n\n'
     """
     # An empty field becomes a lone full stop there, as the last character before it is a space.
     body = f"Input: {close(example.input)}\n Output: {close(example.output)}\n"
@@ -79,11 +79,11 @@ def example_body(example: Example, explanations: bool = False) -> str:
 
 
 def render_input(text: str) -> str:
-    """The end of every prompt: what to complete.
+    r"""The end of every prompt: what to complete.
 
     Example:
         >>> render_input("2 + 2")
-        'Now complete the following example -\\nInput: 2 + 2.\\nOutput: '
+        'Now complete the following example -\nInput: 2 + 2.\nOutput: '
     """
     return f"Now complete the following example -\nInput: {close(text)}\nOutput: "
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -51,7 +51,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(range(len(lengths)), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(cast(Any, range(len(lengths))), num_replicas=num_replicas, rank=rank, seed=seed)
         if batch_size < 1:
             raise ConfigurationError(f"`batch_size` must be 1 or more, got {batch_size}.")
         self.lengths = lengths
@@ -61,7 +61,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
         self.num_batches = num_batches if num_batches is not None else self.pass_length
         self._order: tuple[int, list[list[int]]] | None = None
 
-    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[Draw]]:
         for step in count(self.start):
             yield self.batch(step)
 
@@ -106,14 +106,14 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(len(lengths)), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(cast(Any, range(len(lengths))), num_replicas=num_replicas, rank=rank, shuffle=False)
         if batch_size < 1:
             raise ConfigurationError(f"`evaluation_batch_size` must be 1 or more, got {batch_size}.")
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
         self.batches = [[(index, 0) for index in batch] for batch in batches[rank::num_replicas]]
 
-    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[Draw]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -149,8 +149,8 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
 class ResumableDataLoader(DataLoader[Any]):
     """A data loader over a :class:`TrainSampler` that goes on where a checkpoint was written.
 
-    Lightning keeps the state of loaders with ``state_dict`` and ``load_state_dict`` in its checkpoints. The state is the
-    number of batches handed out, which workers that fetch ahead do not change.
+    Lightning keeps the state of loaders with ``state_dict`` and ``load_state_dict`` in its checkpoints. The state is
+    the number of batches handed out, which workers that fetch ahead do not change.
 
     Args:
         dataset: Rows by lists of draws.

@@ -20,10 +20,11 @@ LABELS = """
     olive orange pink plum purple red rose ruby silver teal violet white yellow
 """.split()
 WORDS = """
-    apple bear bird boat bread bridge candle castle cat chair cloud coin desk dog door drum eagle farm field fire fish flag
-    flower forest fox frog garden gate glass goat grass hammer hat hill horse house island key king kite lake lamp leaf
-    lion map moon mouse oak ocean owl paper pear piano plane queen rabbit rain ring river road rock roof rope school sheep
-    ship shoe snow spoon star stone storm sun table tent tiger tower train tree valley wall wheel window wolf
+    apple bear bird boat bread bridge candle castle cat chair cloud coin desk dog door drum eagle farm field fire fish
+    flag flower forest fox frog garden gate glass goat grass hammer hat hill horse house island key king kite lake lamp
+    leaf lion map moon mouse oak ocean owl paper pear piano plane queen rabbit rain ring river road rock roof rope
+    school sheep ship shoe snow spoon star stone storm sun table tent tiger tower train tree valley wall wheel window
+    wolf
 """.split()
 
 
@@ -143,7 +144,7 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=1024
     )
 

@@ -80,8 +80,8 @@ def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:
 def read_task(path: Path) -> Task:
     """Read one task file of the official layout.
 
-    Unknown fields are ignored, as the official files have many. An empty string is accepted as the output of an instance
-    (there is one in task1564) and as an explanation, and nowhere else.
+    Unknown fields are ignored, as the official files have many. An empty string is accepted as the output of an
+    instance (there is one in task1564) and as an explanation, and nowhere else.
 
     Raises:
         ConfigurationError: If the file is missing, is not UTF-8 or not JSON, lacks a field, or a field is empty or of
@@ -91,7 +91,8 @@ def read_task(path: Path) -> Task:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigurationError(
-            f"Cannot read the task file {path}: {error.strerror}. Put it there, or remove `{path.stem}` from the split list."
+            f"Cannot read the task file {path}: {error.strerror}. Put it there, or remove `{path.stem}` from the "
+            "split list."
         ) from error
     try:
         document = json.loads(content.decode("utf-8"))

@@ -45,8 +45,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"Cannot load the tokenizer `{name}`: it is neither a folder with a tokenizer nor a name on the hub that can "
-            f"be reached ({str(error).strip().splitlines()[0]})."
+            f"Cannot load the tokenizer `{name}`: it is neither a folder with a tokenizer nor a name on the hub that "
+            f"can be reached ({str(error).strip().splitlines()[0]})."
         ) from error
     for role in ("pad", "eos"):
         if getattr(tokenizer, f"{role}_token_id") is None:
@@ -72,8 +72,9 @@ def tokenize(
         cache_dir: Folder of the cache. Default: that of the ``datasets`` library.
 
     Returns:
-        One row an instance with ``input_ids``, ``targets`` (a list of ids for each reference), ``task`` and ``instance``
-        (indices), ``length`` (of the source), ``cut_source``, ``cut_targets`` and ``dropped_examples`` (counts).
+        One row an instance with ``input_ids``, ``targets`` (a list of ids for each reference), ``task`` and
+        ``instance`` (indices), ``length`` (of the source), ``cut_source``, ``cut_targets`` and ``dropped_examples``
+        (counts).
     """
     # Imported here, so that the engine and the modules need no `datasets`.
     from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
@@ -159,7 +160,7 @@ def _rows(
 
 
 def cut(ids: list[int], limit: int, end: int) -> tuple[list[int], bool]:
-    """Cut ids at the end to ``limit``, keeping the end token if there was one; the second value says whether it was cut.
+    """Cut ids at the end to ``limit``, keeping an end token; the second value says whether anything was cut.
 
     Example:
         >>> cut([5, 6, 7, 1], 3, end=1)
@@ -167,4 +168,4 @@ def cut(ids: list[int], limit: int, end: int) -> tuple[list[int], bool]:
     """
     if len(ids) <= limit:
         return ids, False
-    return (ids[: limit - 1] + [end] if ids[-1] == end else ids[:limit]), True
+    return ([*ids[: limit - 1], end] if ids[-1] == end else ids[:limit]), True

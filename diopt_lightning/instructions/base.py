@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,10 @@ class Instruction(nn.Module, ABC):
         Raises:
             ConfigurationError: If an option does not fit the tasks.
         """
+
+    @abstractmethod
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return what was learned, to read: one dictionary for each train task, with its name under ``task``."""
 
     @abstractmethod
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:

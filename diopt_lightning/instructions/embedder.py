@@ -1,9 +1,11 @@
 """The instruction embedder: a continuous instruction."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
@@ -14,7 +16,7 @@ from diopt_lightning.instructions.initialization import Initialization, Normal
 
 
 class EmbedderDP(Instruction):
-    r"""Instruction embedder, direct parameterization: one free matrix :math:`W_t \in R^{l \times d}` for each train task.
+    r"""Instruction embedder, direct parameterization: a free matrix :math:`W_t \in R^{l \times d}` for each train task.
 
     (Isonuma et al. 2023, section 3.2.)
 
@@ -33,6 +35,7 @@ class EmbedderDP(Instruction):
     """
 
     weight: nn.Parameter
+    task_names: list[str]
 
     def __init__(self, length: int = 64, init: Initialization | None = None) -> None:
         super().__init__()
@@ -48,7 +51,23 @@ class EmbedderDP(Instruction):
 
     def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
         """Make ``weight``, of shape ``(tasks, length, dim)``; see :class:`Instruction`."""
+        self.task_names = [task.name for task in tasks]
         self.weight = nn.Parameter(self.init(tasks, self.length, tokenizer, embedding))
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return for each task the vocabulary token nearest to each vector by cosine, and the cosines."""
+        vocabulary = F.normalize(embedding.weight.detach()[: len(tokenizer)].float(), dim=-1)
+        described = []
+        for name, rows in zip(self.task_names, self.weight.detach().float(), strict=True):
+            cosine, nearest = (F.normalize(rows, dim=-1) @ vocabulary.T).max(dim=-1)
+            described.append(
+                {
+                    "task": name,
+                    "nearest_tokens": tokenizer.convert_ids_to_tokens(nearest.tolist()),
+                    "cosine": [round(value, 4) for value in cosine.tolist()],
+                }
+            )
+        return described
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the matrix of each instance's task, ``(batch, length, dim)``."""

@@ -1,6 +1,7 @@
 """The instruction extractor: a discrete instruction, chosen among candidate exemplars."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Extractor(Instruction):
         self.candidates = candidates
         self.candidate_length = candidate_length
         self.pool = pool
+        self.task_names: list[str] = []
         self.candidate_texts: list[list[str]] = []
 
     @property
@@ -65,9 +67,10 @@ class Extractor(Instruction):
         tokenized = tokenize_candidates(tasks, self.pool, self.candidates, self.slots, self.candidate_length, tokenizer)
         if tokenized.headers.shape[1] > HEADER_LENGTH:
             raise ConfigurationError(
-                f"The tokenizer makes {tokenized.headers.shape[1]} tokens of the header of an exemplar, and {HEADER_LENGTH} "
-                "are set aside for it: use a tokenizer that knows English words."
+                f"The tokenizer makes {tokenized.headers.shape[1]} tokens of the header of an exemplar, and "
+                f"{HEADER_LENGTH} are set aside for it: use a tokenizer that knows English words."
             )
+        self.task_names = [task.name for task in tasks]
         # Not in the checkpoint: they follow from the data.
         self.register_buffer("candidate_ids", tokenized.ids, persistent=False)
         self.register_buffer("candidate_mask", tokenized.mask, persistent=False)
@@ -145,13 +148,29 @@ class ExtractorDP(Extractor):
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the chosen exemplars of each instance's task."""
         # Candidates are embedded once for each task of the batch: they are by far the largest tensor here.
-        tasks, position = batch.task.unique(return_inverse=True)
+        tasks, position = torch.unique(batch.task, return_inverse=True)
         embeddings, mask = self.extract(tasks, self.relaxation(self.logits[tasks]), embed)
         return InstructionEmbeddings(embeddings[position], mask[position])
 
     def probabilities(self) -> Tensor:
         """The softmax of the logits, ``(tasks, slots, candidates)``."""
         return (self.logits.detach() / self.relaxation.temperature).softmax(dim=-1)
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return for each task the chosen exemplar of every slot with its probability."""
+        probabilities, choices = self.probabilities().max(dim=-1)
+        return [
+            {
+                "task": name,
+                "slots": [
+                    {"candidate": choice, "probability": round(probability, 4), "exemplar": texts[choice].strip()}
+                    for choice, probability in zip(chosen, probable, strict=True)
+                ],
+            }
+            for name, texts, chosen, probable in zip(
+                self.task_names, self.candidate_texts, choices.tolist(), probabilities.tolist(), strict=True
+            )
+        ]
 
 
 class RandomExemplar(Extractor):
@@ -173,6 +192,10 @@ class RandomExemplar(Extractor):
         self, slots: int = 1, candidates: int = 32, candidate_length: int = 128, pool: CandidatePool = CandidatePool()
     ) -> None:
         super().__init__(slots, candidates, candidate_length, pool)
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return the names of the tasks alone, as nothing is learned."""
+        return [{"task": name} for name in self.task_names]
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return random exemplars of each instance's task."""

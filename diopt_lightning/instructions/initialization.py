@@ -26,8 +26,8 @@ class Normal(Initialization):
 
     Args:
         std: Standard deviation. Default: that of the backbone's embeddings, so that a new instruction is as long a
-            vector as a word. (The reference implementation draws with a fixed one; embeddings differ between models by a
-            factor of hundreds.)
+            vector as a word. (The reference implementation draws with a fixed one; embeddings differ between models by
+            a factor of hundreds.)
 
     Raises:
         ConfigurationError: If ``std`` is not positive.

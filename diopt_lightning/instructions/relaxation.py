@@ -42,7 +42,7 @@ class Soft(Relaxation):
 
 
 class StraightThrough(Relaxation):
-    """One-hot at the largest logit in the forward pass, softmax in the backward pass (Bengio et al. 2013; the paper)."""
+    """One-hot in the forward pass, softmax in the backward pass (Bengio et al. 2013, as in the paper)."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return one-hot weights with the gradient of the softmax.

@@ -65,7 +65,7 @@ class TaskMetric(Metric, ABC):
             self.count[self._index[task]] += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the means times 100, with the keys ``all``, ``category/NAME`` and ``task/NAME``; none for no instances."""
+        """Return the means times 100 as ``all``, ``category/NAME`` and ``task/NAME``, for groups with instances."""
         groups: dict[str, list[int]] = {"all": list(self._index.values())}
         for name, category in sorted(self.categories.items(), key=lambda item: item[1]):
             groups.setdefault(f"category/{category}", []).append(self._index[name])

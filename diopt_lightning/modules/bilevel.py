@@ -110,8 +110,8 @@ class BilevelModule(pl.LightningModule, ABC):
         if outer_accumulation > inner_steps * inner_accumulation:
             raise ConfigurationError(
                 f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "
-                f"{inner_accumulation} batch(es) has only {inner_steps * inner_accumulation} pairs: lower it, or make the "
-                "outer loader's batches larger."
+                f"{inner_accumulation} batch(es) has only {inner_steps * inner_accumulation} pairs: lower it, or make "
+                "the outer loader's batches larger."
             )
         # Two optimizers with steps of their own: Lightning's automatic optimization has one.
         self.automatic_optimization = False
@@ -179,8 +179,8 @@ class BilevelModule(pl.LightningModule, ABC):
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ConfigurationError(
-                f"`trainer.precision` is {self.trainer.precision}, whose loss scaling would divide the hypergradient by "
-                "the scale: use `32-true` or `bf16-mixed`."
+                f"`trainer.precision` is {self.trainer.precision}, whose loss scaling would divide the hypergradient "
+                "by the scale: use `32-true` or `bf16-mixed`."
             )
         for parameter in self.outer_parameters():
             parameter.data = self.trainer.strategy.broadcast(parameter.data)

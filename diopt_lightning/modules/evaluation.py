@@ -82,9 +82,9 @@ class InstructionEvaluation(pl.LightningModule):
         """Evaluate a batch of dev tasks, which select checkpoints."""
         self._evaluate("dev", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Prediction]]:
         """Evaluate a batch of unseen test tasks."""
-        return self._evaluate("test", batch)
+        return {"predictions": self._evaluate("test", batch)}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
         """Predict a batch of unseen test tasks."""

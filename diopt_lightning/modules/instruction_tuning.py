@@ -20,8 +20,8 @@ class InstructionTuning(InstructionEvaluation):
     The baselines of the paper differ in the data module's ``train_prompt`` and in ``instruction``: no instruction (an
     empty prompt), the definition, definition and examples, random exemplars
     (:class:`~diopt_lightning.instructions.RandomExemplar`), and instructions that are learned without the bilevel
-    structure (any learnable instruction). Validation tasks are left out, as in the bilevel run that it is compared with;
-    to train on them too, set ``data.validation_tasks`` to 0.
+    structure (any learnable instruction). Validation tasks are left out, as in the bilevel run that it is compared
+    with; to train on them too, set ``data.validation_tasks`` to 0.
 
     Optimization is Lightning's automatic one; clip and accumulate with ``trainer.gradient_clip_val`` (the paper: 1.0)
     and ``trainer.accumulate_grad_batches``.
@@ -80,4 +80,4 @@ class InstructionTuning(InstructionEvaluation):
         optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}  # type: ignore[return-value]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

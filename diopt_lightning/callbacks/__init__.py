@@ -1,0 +1,6 @@
+"""Callbacks: what is saved, drawn and shown."""
+
+from diopt_lightning.callbacks.exemplars_found import ExemplarsFound
+from diopt_lightning.callbacks.results import Results
+
+__all__ = ["ExemplarsFound", "Results"]

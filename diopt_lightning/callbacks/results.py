@@ -1,0 +1,139 @@
+"""What a run leaves behind: losses, learned instructions, metrics and predictions, in one folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, distributed
+
+from diopt_lightning.bilevel.distributed import several_processes
+from diopt_lightning.callbacks.figures import draw_losses
+from diopt_lightning.modules.evaluation import InstructionEvaluation, Prediction
+
+LOSSES = ("inner_loss", "outer_loss")
+
+
+class Results(pl.Callback):
+    """Writes a run's results to the folder of its logger, and ends with a short table.
+
+    After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps, and ``instructions.json``, what
+    was learned for each task. After testing: ``metrics.json``, over all, per category and per task, and
+    ``predictions.jsonl``, which the official evaluation reads.
+
+    Args:
+        table: Whether to print the table.
+    """
+
+    def __init__(self, table: bool = True) -> None:
+        self.table = table
+        self.losses: list[tuple[int, dict[str, float]]] = []
+        self._predictions: list[Prediction] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the losses of the step."""
+        found = {name: trainer.callback_metrics[name].item() for name in LOSSES if name in trainer.callback_metrics}
+        self.losses.append((trainer.global_step, found))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write losses and instructions."""
+        if not trainer.is_global_zero or not self.losses:
+            return
+        folder = results_folder(trainer)
+        lines = ["step," + ",".join(LOSSES)]
+        for step, found in self.losses:
+            lines.append(f"{step}," + ",".join(str(found.get(name, "")) for name in LOSSES))
+        (folder / "losses.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw_losses(self.losses, LOSSES, folder / "losses.png")
+        if isinstance(pl_module, InstructionEvaluation) and pl_module.instruction is not None:
+            described = pl_module.instruction.describe(pl_module.data.tokenizer, pl_module.backbone.embedding)
+            write_json(folder / "instructions.json", described)
+        rows = {}
+        for name in LOSSES:
+            values = [found[name] for _, found in self.losses if name in found]
+            if values:
+                tenth = max(1, len(values) // 10)
+                first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+                rows[name] = f"{first:.3f} -> {last:.3f}"
+        rows |= {name: f"{value.item():.3f}" for name, value in sorted(dev_metrics(trainer).items())}
+        self._show(f"{trainer.global_step} steps (losses: mean of the first and of the last tenth)", rows, folder)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the predictions of the batch."""
+        if isinstance(outputs, dict):
+            self._predictions += outputs.get("predictions", [])
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write metrics and predictions."""
+        predictions, self._predictions = gather(self._predictions), []
+        if not trainer.is_global_zero or not isinstance(pl_module, InstructionEvaluation):
+            return
+        folder = results_folder(trainer)
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        write_json(
+            folder / "metrics.json", {**metrics, **{f"test/{k}": v for k, v in pl_module.scores["test"].items()}}
+        )
+        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
+                file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+        self._show(f"{len(predictions):,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
+
+    def _show(self, title: str, rows: dict[str, str], folder: Path) -> None:
+        if not self.table:
+            return
+        table = Table(title=title, title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console = Console()
+        console.print(table)
+        console.print(f"Results are in {folder}", soft_wrap=True, highlight=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses so far, so that a resumed run's picture is whole."""
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.losses = [(step, found) for step, found in state_dict["losses"]]
+
+
+def results_folder(trainer: pl.Trainer) -> Path:
+    """The folder of the run's logger, or its root where it has none."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def dev_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """The metrics of the last evaluation of dev tasks."""
+    return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("dev/")}
+
+
+def gather(predictions: list[Prediction]) -> list[Prediction]:
+    """The predictions of all processes."""
+    if not several_processes():
+        return predictions
+    gathered: list[list[Prediction]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(gathered, predictions)
+    return [prediction for part in gathered for prediction in part]
+
+
+@rank_zero_only
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
