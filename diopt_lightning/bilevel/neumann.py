@@ -78,19 +78,17 @@ class Neumann(HypergradientEstimator):
 
     def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Sum the series; see :class:`HypergradientEstimator`."""
-        step_size, products = self._choose_step_size(linearization, v0)
-        term, total = v0, v0
-        for _ in range(self.terms):
-            term = add(term, linearization.hessian(term), -step_size)
-            total = add(total, term)
+        products = self._refresh_largest_eigenvalue(linearization, v0)
+        total, step_size, more_products = self._sum(linearization, v0)
         solution = scale(total, step_size)
         curvature, mixed = linearization.both(solution)
+        self._raise_largest_eigenvalue(curvature, solution, step_size)
         residual = add(v0, curvature, -1.0)
         size = norm(v0).item()
         statistics = {
             "residual": norm(residual).item() / size if size > 0 else 0.0,
             "step_size": step_size,
-            "products": float(products + self.terms + 1),
+            "products": float(products + more_products + 1),
         }
         if self._largest_eigenvalue is not None:
             statistics["largest_eigenvalue"] = self._largest_eigenvalue
@@ -100,17 +98,53 @@ class Neumann(HypergradientEstimator):
             self._warn(linearization, residual, statistics)
         return Solution(mixed, statistics)
 
-    def _choose_step_size(self, linearization: Linearization, v0: Vector) -> tuple[float, int]:
-        """Return the step size and the number of products that its choice cost."""
-        if self.step_size is not None:
-            return self.step_size, 0
+    def _sum(self, linearization: Linearization, v0: Vector) -> tuple[Vector, float, int]:
+        """Return the sum of the series without its factor, the step size, and the number of products."""
         products = 0
-        if self._largest_eigenvalue is None or self._calls % self.refresh_every == 0:
-            self._largest_eigenvalue = largest_eigenvalue(linearization, v0, self.power_iterations)
-            products = self.power_iterations
+        while True:
+            step_size = self._current_step_size()
+            term, total = v0, v0
+            for _ in range(self.terms):
+                curvature = linearization.hessian(term)
+                products += 1
+                if self._raise_largest_eigenvalue(curvature, term, step_size):
+                    break  # and start again: with this step size the series would diverge
+                term = add(term, curvature, -step_size)
+                total = add(total, term)
+            else:
+                return total, step_size, products
+
+    def _current_step_size(self) -> float:
+        if self.step_size is not None:
+            return self.step_size
+        # Without any curvature along v0 the solution is the same for every step size, up to its scale.
+        return 1.0 / self._largest_eigenvalue if self._largest_eigenvalue else 1.0
+
+    def _refresh_largest_eigenvalue(self, linearization: Linearization, v0: Vector) -> int:
+        """Estimate the largest eigenvalue if that is due; return the number of products that it took."""
+        if self.step_size is not None:
+            return 0
+        due = self._calls % self.refresh_every == 0
         self._calls += 1
-        # Without any curvature along v0 every step size gives the same solution of the series up to its scale.
-        return (1.0 / self._largest_eigenvalue if self._largest_eigenvalue > 0 else 1.0), products
+        if not due:
+            return 0
+        self._largest_eigenvalue = largest_eigenvalue(linearization, v0, self.power_iterations)
+        return self.power_iterations
+
+    def _raise_largest_eigenvalue(self, product: Vector, vector: Vector, step_size: float) -> bool:
+        """Correct the estimate where a product shows that the step size chosen from it diverges.
+
+        ``|H x| / |x|`` is never above the largest eigenvalue, and every product of the series gives it for free. The
+        curvature of a network that learns fast changes within few steps; an estimate that has aged is noticed here.
+        """
+        if self.step_size is not None:
+            return False
+        size = norm(vector).item()
+        seen = norm(product).item() / size if size > 0 else 0.0
+        if seen * step_size <= 2.0:
+            return False
+        self._largest_eigenvalue = seen
+        return True
 
     def _warn(self, linearization: Linearization, residual: Vector, statistics: dict[str, float]) -> None:
         """Say why the residual grew, judged by the curvature along it."""

@@ -160,13 +160,14 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Check every file and fill the token cache, on one process only."""
         for split in SPLITS:
-            self._report(split, self._tokenize(split))
+            if getattr(self.splits, split):
+                self._report(split, self._tokenize(split))
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tasks and open the token cache."""
         needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
         for split in needed[stage]:
-            if split not in self._rows:
+            if split not in self._rows and getattr(self.splits, split):
                 self._rows[split] = self._tokenize(split)
 
     def train_dataloader(self) -> dict[str, DataLoader[Any]]:
@@ -237,8 +238,6 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def _report(self, split: str, rows: "Dataset") -> None:
         """Say once how much there is, and what was cut or dropped."""
         tasks, all_tasks = self.split_tasks(split), self.tasks
-        if not tasks:
-            return
         empty = sum(
             not all(output.strip() for output in all_tasks[task].instances[instance].outputs)
             for task, instance in zip(rows["task"], rows["instance"], strict=True)
