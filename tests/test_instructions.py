@@ -1,0 +1,280 @@
+"""Learnable instructions and how they meet the backbone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diopt_lightning import ConfigurationError
+from diopt_lightning.backbones import Seq2Seq
+from diopt_lightning.backbones.base import prepend
+from diopt_lightning.data.collate import Batch, pad
+from diopt_lightning.data.prompts import PromptFormat, render
+from diopt_lightning.data.synthetic import WORDS, word_tokenizer
+from diopt_lightning.data.tasks import Example, Instance, Task
+from diopt_lightning.instructions import (
+    CandidatePool,
+    Definition,
+    EmbedderDP,
+    ExtractorDP,
+    InstructionEmbeddings,
+    Normal,
+    RandomExemplar,
+    Soft,
+    StraightThrough,
+    Vocabulary,
+)
+from tests.conftest import TINY_T5
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer([*WORDS, "definition"])
+
+
+@pytest.fixture
+def tasks():
+    """Two tasks with positive examples of unequal lengths and a few instances."""
+
+    def task(name: str, words: list[str]) -> Task:
+        examples = tuple(Example(" ".join(words[: n + 1]), words[n]) for n in range(3))
+        instances = tuple(Instance(f"{name}-{n}", words[n + 3], (words[n + 2],)) for n in range(4))
+        return Task(name, ("c",), (" ".join(words[:4]),), examples, (), instances)
+
+    return [task("task001", WORDS[:10]), task("task002", WORDS[20:30])]
+
+
+@pytest.fixture
+def backbone(tokenizer):
+    backbone = Seq2Seq(config=dict(TINY_T5))
+    backbone.build(tokenizer)
+    return backbone
+
+
+def batch_of(tokenizer, texts: list[str], task: list[int]) -> Batch:
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    labels = pad([tokenizer(WORDS[index])["input_ids"] for index in range(len(texts))], -100)
+    mask = pad([[1] * len(row) for row in ids], 0)
+    return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.zeros(len(task), dtype=torch.long))
+
+
+INPUTS = ["Now complete the following example -\nInput: wolf.\nOutput: ", "Input: sun sun sun.\nOutput: ", "wolf"]
+
+
+def test_a_chosen_exemplar_is_to_the_model_what_its_text_is(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(slots=2, candidates=3, candidate_length=32, relaxation=StraightThrough())
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    with torch.no_grad():  # task 0 chooses exemplars 2 and 0, task 1 exemplars 1 and 2
+        for task, choices in enumerate([(2, 0), (1, 2)]):
+            for slot, choice in enumerate(choices):
+                extractor.logits[task, slot, choice] = 5.0
+    learned = batch_of(tokenizer, INPUTS, [0, 1, 0])
+
+    def written(task: Task, choices: tuple[int, int], text: str) -> str:
+        chosen = Task(task.name, ("c",), ("d",), tuple(task.positive_examples[c] for c in choices), (), task.instances)
+        prompt = render(chosen, "x", PromptFormat(definition=False, positive_examples=2), fits=lambda text: True)
+        return prompt.text.split("Now complete")[0] + text
+
+    texts = [written(tasks[t], [(2, 0), (1, 2)][t], text) for t, text in zip([0, 1, 0], INPUTS, strict=True)]
+    plain = batch_of(tokenizer, texts, [0, 1, 0])
+    with torch.no_grad():
+        assert torch.allclose(
+            backbone.loss(learned, extractor(learned, backbone.embedding)), backbone.loss(plain), atol=1e-6
+        )
+
+
+def test_a_mixture_equals_the_obvious_loop(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(slots=2, candidates=4, candidate_length=32, relaxation=Soft(temperature=0.7))
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    nn.init.normal_(extractor.logits)
+    batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
+    embeddings, mask = extractor(batch, backbone.embedding)
+    weight = backbone.embedding.weight
+    for row, task in enumerate([1, 0, 1]):
+        expected, used = [], []
+        for slot in range(2):
+            header = tokenizer(f" Positive Example {slot + 1} -\n", add_special_tokens=False)["input_ids"]
+            expected += [weight[index] for index in header]
+            used += [True] * len(header)
+            p = (extractor.logits[task, slot] / 0.7).softmax(0)
+            bodies = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in extractor.candidate_texts[task]]
+            for position in range(extractor.candidate_ids.shape[-1]):
+                mixed = torch.zeros(16)
+                for j, body in enumerate(bodies):
+                    if position < len(body):
+                        mixed = mixed + p[j] * weight[body[position]]
+                expected.append(mixed)
+                used.append(any(position < len(body) for body in bodies))
+        assert torch.allclose(embeddings[row], torch.stack(expected), atol=1e-6)
+        assert mask[row].tolist() == used
+
+
+def test_straight_through_is_one_hot_forward_and_softmax_backward():
+    logits = torch.tensor([[0.3, -1.0, 0.9], [2.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+    hard, soft = StraightThrough(temperature=0.5)(logits), Soft(temperature=0.5)(logits)
+    assert hard.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert torch.equal(*(torch.autograd.grad((w * values).sum(), logits)[0] for w in (hard, soft)))
+
+
+def test_the_gradient_of_an_instruction_is_right_in_float64(tokenizer, tasks, monkeypatch):
+    # T5's layer norm computes in float32 even in a float64 model, which no gradient check survives.
+    from transformers.models.t5 import modeling_t5
+
+    def forward(self, hidden_states):
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", forward)
+    backbone = Seq2Seq(config=dict(TINY_T5) | {"feed_forward_proj": "gated-gelu"})
+    backbone.build(tokenizer)
+    backbone.double()
+    batch = batch_of(tokenizer, INPUTS[:2], [0, 1])
+    for instruction in (EmbedderDP(length=2), ExtractorDP(slots=1, candidates=3, relaxation=Soft())):
+        instruction.build(tasks, tokenizer, backbone.embedding)
+        instruction.double()
+        name, parameter = next(instruction.named_parameters())
+
+        def loss(value, instruction=instruction, name=name):
+            def run(batch, embed):
+                return torch.func.functional_call(instruction, {name: value}, (batch, embed))
+
+            return backbone.loss(batch, run(batch, backbone.embedding))
+
+        assert torch.autograd.gradcheck(loss, (parameter.detach().clone().requires_grad_(),))
+
+
+def test_prepending_leaves_no_gaps():
+    instruction = InstructionEmbeddings(
+        torch.arange(8.0).reshape(2, 4, 1), torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]]).bool()
+    )
+    source = 10 + torch.arange(6.0).reshape(2, 3, 1)
+    embeddings, mask = prepend(instruction, source, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
+    assert embeddings.squeeze(-1).tolist() == [[0, 2, 10, 11], [7, 13, 14, 15]]
+
+
+def test_initial_values_come_from_where_they_should(tokenizer, tasks, backbone):
+    words = backbone.embedding.weight.detach()
+    made = {}
+    for init in (Normal(), Normal(std=3.0), Vocabulary(), Definition()):
+        embedder = EmbedderDP(length=6, init=init)
+        embedder.build(tasks, tokenizer, backbone.embedding)
+        made[init] = embedder.weight.detach()
+        assert embedder.weight.shape == (2, 6, 16)
+    matched, wide, vocabulary, definition = made.values()
+    assert matched.std() / words.std() == pytest.approx(1.0, abs=0.2)
+    assert wide.std() == pytest.approx(3.0, rel=0.2)
+    ordinary = words[3:]
+    assert all((row == ordinary).all(-1).any() for row in vocabulary.flatten(0, 1))
+    ids = tokenizer(" ".join(WORDS[20:24]), add_special_tokens=False)["input_ids"]
+    assert torch.equal(definition[1], words[[*ids, *ids[:2]]])  # repeated to the length
+
+
+def test_what_was_learned_can_be_read(tokenizer, tasks, backbone):
+    embedder = EmbedderDP(length=2, init=Definition())
+    embedder.build(tasks, tokenizer, backbone.embedding)
+    described = embedder.describe(tokenizer, backbone.embedding)[0]
+    assert described == {"task": "task001", "nearest_tokens": WORDS[:2], "cosine": [1.0, 1.0]}
+    extractor = ExtractorDP(candidates=3, candidate_length=32)
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    extractor.logits.data[1, 0, 2] = 1.0
+    slot = extractor.describe(tokenizer, backbone.embedding)[1]["slots"][0]
+    assert slot["candidate"] == 2
+    assert slot["probability"] == pytest.approx(torch.tensor([0.0, 0.0, 1.0]).softmax(0)[2].item(), abs=1e-4)
+    assert slot["exemplar"] == f"Input: {' '.join(WORDS[20:23])}.\n Output: {WORDS[22]}."
+
+
+def test_candidates_are_positive_examples_then_instances(tasks):
+    texts = CandidatePool().texts(tasks[0], 6)
+    assert [text.startswith("Input: apple") for text in texts] == [True] * 3 + [False] * 3
+    assert len(set(texts)) == 6
+    assert texts == CandidatePool().texts(tasks[0], 6)
+    assert CandidatePool(positive_examples=False, seed=1).texts(tasks[0], 4) != CandidatePool(
+        positive_examples=False
+    ).texts(tasks[0], 4)
+
+
+def test_random_exemplars_are_drawn_anew_and_without_repetition(tokenizer, tasks, backbone):
+    random = RandomExemplar(slots=2, candidates=3, candidate_length=32)
+    random.build(tasks, tokenizer, backbone.embedding)
+    assert not list(random.parameters())
+    batch = batch_of(tokenizer, ["wolf"] * 64, [0] * 64)
+    embeddings, _ = random(batch, backbone.embedding)
+    first, second = embeddings.chunk(2, dim=1)
+    header = random.header_ids.shape[1]
+    assert len({tuple(row.flatten().tolist()) for row in first[:, header:]}) == 3
+    assert not any(torch.equal(a[header:], b[header:]) for a, b in zip(first, second, strict=True))
+
+
+def test_cut_candidates_are_counted(tokenizer, tasks, backbone, caplog):
+    extractor = ExtractorDP(candidates=3, candidate_length=5)
+    with caplog.at_level("INFO"):
+        extractor.build(tasks, tokenizer, backbone.embedding)
+    assert "candidates: 6 of 6 cut to 5 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EmbedderDP(length=0), "`length` of a soft instruction must be 1 or more, got 0"),
+        (lambda: Normal(std=0.0), "`std` of a normal initialization must be positive, got 0"),
+        (lambda: Soft(temperature=0.0), "`temperature` must be positive, got 0"),
+        (lambda: ExtractorDP(slots=0), "`slots` of an extractor must be 1 or more, got 0"),
+        (lambda: ExtractorDP(slots=3, candidates=2), "cannot fill 3 `slots` from 2 `candidates`"),
+        (lambda: CandidatePool(positive_examples=False, instances=False), "needs `positive_examples` or `instances`"),
+    ],
+)
+def test_bad_options_are_named(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+def test_too_few_candidates_name_the_task(tokenizer, tasks, backbone):
+    with pytest.raises(ConfigurationError, match="`task001` has 7 candidate exemplars and 8 are asked for"):
+        ExtractorDP(candidates=8).build(tasks, tokenizer, backbone.embedding)
+
+
+class TestSeq2Seq:
+    """The encoder-decoder backbone."""
+
+    def test_a_local_folder_is_loaded_for_training(self, backbone, tokenizer, tmp_path):
+        backbone.model.save_pretrained(tmp_path / "model")
+        loaded = Seq2Seq(pretrained=str(tmp_path / "model"))
+        loaded.build(tokenizer)
+        assert loaded.model.training
+        batch = batch_of(tokenizer, INPUTS, [0, 0, 0])
+        assert torch.equal(loaded.loss(batch), backbone.loss(batch))
+
+    def test_the_loss_is_the_mean_over_target_tokens(self, backbone, tokenizer):
+        batch = batch_of(tokenizer, INPUTS, [0, 0, 0])
+        batch.labels[0, -1] = -100
+        logits = backbone.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).logits
+        kept = batch.labels != -100
+        expected = nn.functional.cross_entropy(logits[kept], batch.labels[kept])
+        assert torch.allclose(backbone.loss(batch), expected)
+
+    def test_build_is_done_once(self, backbone, tokenizer):
+        before = copy.deepcopy(backbone.state_dict())
+        backbone.build(tokenizer)
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "Give a `pretrained` model or a `config`"),
+            ({"pretrained": "a", "config": {"model_type": "t5"}}, "not both"),
+            ({"config": {"d_model": 8}}, "needs a `model_type`"),
+            ({"config": {"model_type": "no_such_model"}}, "makes no encoder-decoder model"),
+            ({"config": {"model_type": "llama"}}, "makes no encoder-decoder model"),
+            ({"config": dict(TINY_T5) | {"vocab_size": 10}}, r"tokens, and the model .* 10 embeddings"),
+            ({"config": dict(TINY_T5) | {"pad_token_id": 5}}, "The pad token is 0 in the tokenizer and 5 in the model"),
+            ({"pretrained": "no/model/here"}, "Cannot load `no/model/here`"),
+        ],
+    )
+    def test_bad_options_are_named(self, tokenizer, options, message):
+        with pytest.raises(ConfigurationError, match=message):
+            Seq2Seq(**options).build(tokenizer)

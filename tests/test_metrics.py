@@ -1,0 +1,97 @@
+"""Metrics against an independent implementation of the official evaluation."""
+
+import re
+import string
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
+
+from diopt_lightning import ConfigurationError
+from diopt_lightning.metrics import ExactMatch, RougeL, exact_match, rouge_l
+
+STEMMER = PorterStemmer()
+
+
+def slow_rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of stemmed words, by the textbook recursion."""
+
+    def words(text: str) -> list[str]:
+        found = re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
+        return [STEMMER.stem(word) if len(word) > 3 else word for word in found]
+
+    a, b = words(prediction), words(reference)
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]
+    if not common:
+        return 0.0
+    precision, recall = common / len(a), common / len(b)
+    return 2 * precision * recall / (precision + recall)
+
+
+def slow_exact_match(prediction: str, reference: str) -> bool:
+    def normal(text: str) -> str:
+        text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+        return " ".join(text.split())
+
+    return normal(prediction) == normal(reference)
+
+
+TEXT = st.text(st.sampled_from("aab bcing sed.,'!?\n\tThe É9-"), max_size=40) | st.text(max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from("xyz")), min_size=1))
+def test_equals_an_independent_implementation(items):
+    categories = {"x": "A", "y": "B", "z": "A"}
+    columns = [list(column) for column in zip(*items, strict=True)]
+    for metric, slow in ((RougeL(categories), slow_rouge_l), (ExactMatch(categories), slow_exact_match)):
+        metric.update(*columns)
+        found = metric.compute()
+        scores = [(task, 100 * max(slow(text, ref) for ref in refs)) for text, refs, task in items]
+        groups = {"all": "xyz", "category/A": "xz", "category/B": "y", "task/x": "x", "task/y": "y", "task/z": "z"}
+        for group, members in groups.items():
+            values = [score for task, score in scores if task in members]
+            assert (group in found) == bool(values)
+            if values:
+                assert found[group].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_known_values():
+    assert rouge_l("the cat", ["a dog", "The Cats!"]) == 1.0
+    assert rouge_l("", ["x"]) == 0.0
+    assert exact_match("The  answer", ["answer"]) == 0.0  # articles are kept
+    assert exact_match("it's 3.5", ["ITS 35"]) == 1.0
+
+
+def test_updates_add_up_and_reset():
+    whole, parts = RougeL({"t": "c"}), RougeL({"t": "c"})
+    whole.update(["a b", "c"], [["a"], ["c"]], ["t", "t"])
+    parts.update(["a b"], [["a"]], ["t"])
+    parts.update(["c"], [["c"]], ["t"])
+    assert torch.equal(whole.compute()["all"], parts.compute()["all"])
+    parts.reset()
+    assert parts.compute() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a"], [], ["t"]), "1 predictions, 0 lists of references and 1 tasks"),
+        ((["a"], [[]], ["t"]), r"Prediction 0 \(task `t`\) has no reference"),
+        ((["a"], [["b"]], ["u"]), "The task `u` of prediction 0 is none of this metric's tasks"),
+    ],
+)
+def test_bad_updates_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RougeL({"t": "c"}).update(*arguments)
+
+
+def test_no_tasks_is_an_error():
+    with pytest.raises(ConfigurationError, match="RougeL needs one task at least"):
+        RougeL({})
