@@ -192,7 +192,9 @@ class BilevelModule(pl.LightningModule, ABC):
         ``DistributedDataParallel`` reads this attribute of the module that it wraps.
         """
         outer = {id(parameter) for parameter in self.outer_parameters()}
-        return [name for name, parameter in self.named_parameters(remove_duplicate=False) if id(parameter) in outer]
+        names = [name for name, parameter in self.named_parameters(remove_duplicate=False) if id(parameter) in outer]
+        # One of DDP's two look-ups joins a module's name and the parameter's by a dot; the module itself has no name.
+        return [*names, *(f".{name}" for name in names)]
 
     def _levels(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, dict) or not {"inner", "outer"} <= batch.keys():

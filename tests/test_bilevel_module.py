@@ -1,0 +1,285 @@
+"""The alternation: against a loop written by hand, counted, interrupted, and on two processes."""
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from diopt_lightning import BilevelModule, ConfigurationError
+from diopt_lightning.bilevel import BilevelProblem, Neumann
+from tests.helpers import quiet_trainer
+
+
+class HyperCleaning(BilevelModule):
+    """Learned weights of training rows: as a user would write it."""
+
+    def __init__(self, dropout: float = 0.0, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "hypergradient": Neumann(terms=2, step_size=0.05),
+            "inner_optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+            "outer_optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        }
+        super().__init__(**(defaults | options))
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)).double()
+        self.weights = nn.Parameter(torch.zeros(24, dtype=torch.float64))
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        x, y, index = batch
+        return (self.weights[index].sigmoid() * (self.model(x) - y).square().squeeze(1)).mean()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        x, y, _ = batch
+        return (self.model(x) - y).square().mean()
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        return [self.weights]
+
+
+def loaders(batch_size: int = 4) -> dict[str, DataLoader]:
+    """Unshuffled, so that a resumed run sees what an uninterrupted one sees."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        TensorDataset(
+            torch.randn(24, 4, generator=generator).double(),
+            torch.randn(24, 1, generator=generator).double(),
+            torch.arange(24),
+        )
+        for _ in range(2)
+    ]
+    return {level: DataLoader(data, batch_size) for level, data in zip(("inner", "outer"), rows, strict=True)}
+
+
+def by_hand(module: HyperCleaning, rounds: int, inner_steps: int) -> None:
+    """The same training in plain PyTorch, without clipping."""
+    inner = torch.optim.Adam(module.model.parameters(), lr=0.01)
+    outer = torch.optim.Adam([module.weights], lr=0.1)
+    pairs = [pair for _ in range(10) for pair in zip(*loaders().values(), strict=True)]
+    for step in range(rounds * inner_steps):
+        batch, outer_batch = pairs[step]
+        inner.zero_grad()
+        module.inner_loss(batch).backward()
+        inner.step()
+        if (step + 1) % inner_steps == 0:
+            problem = BilevelProblem(
+                lambda batch=batch: module.inner_loss(batch),
+                lambda outer_batch=outer_batch: module.outer_loss(outer_batch),
+                list(module.model.parameters()),
+                [module.weights],
+            )
+            (module.weights.grad,) = Neumann(terms=2, step_size=0.05)(problem).gradient
+            outer.step()
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_equals_the_loop_written_by_hand(inner_steps):
+    module = HyperCleaning(inner_steps=inner_steps, inner_gradient_clip=None, outer_gradient_clip=None)
+    expected = copy.deepcopy(module)
+    quiet_trainer(max_steps=4 * inner_steps).fit(module, loaders())
+    by_hand(expected, rounds=4, inner_steps=inner_steps)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))
+
+
+def test_steps_mean_inner_steps():
+    module = HyperCleaning(inner_steps=3)
+    trainer = quiet_trainer(max_steps=10)
+    trainer.fit(module, loaders())
+    assert trainer.global_step == 10
+    assert (module.inner_steps_taken, module.outer_steps_taken) == (10, 3)
+    assert {"inner_loss", "inner_gradient_norm"} <= trainer.callback_metrics.keys()
+    module = HyperCleaning(inner_steps=3)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(module, loaders())
+    assert trainer.global_step == module.inner_steps_taken == 6
+    logged = {"outer_loss", "hypergradient/norm", "hypergradient/residual", "hypergradient/products"}
+    assert logged <= trainer.callback_metrics.keys()
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    whole = HyperCleaning(outer_gradient_clip=None)
+    parts = copy.deepcopy(whole)
+    parts.inner_accumulation = 2
+    quiet_trainer(max_steps=3).fit(whole, loaders(batch_size=8))
+    quiet_trainer(max_steps=3).fit(parts, loaders(batch_size=4))
+    assert parts.inner_batches_seen == 6
+    # The outer steps differ: one pair of batches of 4 has another hypergradient than one of 8.
+    torch.testing.assert_close(list(whole.model.parameters()), list(parts.model.parameters()), rtol=0, atol=1e-3)
+    frozen = [HyperCleaning(outer_optimizer=lambda p: torch.optim.SGD(p, lr=0.0)) for _ in range(2)]
+    frozen[1].inner_accumulation = 2
+    for module, size in zip(frozen, (8, 4), strict=True):
+        quiet_trainer(max_steps=3).fit(module, loaders(batch_size=size))
+    torch.testing.assert_close(*(list(m.parameters()) for m in frozen), rtol=0, atol=1e-12)
+
+
+def test_accumulated_hypergradients_are_averaged():
+    module = HyperCleaning(
+        inner_steps=3,
+        outer_accumulation=2,
+        inner_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        outer_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        outer_gradient_clip=None,
+    )
+    before = module.weights.detach().clone()
+    inner, outer = (list(loader) for loader in loaders().values())
+    gradients = [module.estimate_hypergradient(inner[i], outer[i]).gradient[0] for i in (1, 2)]
+    quiet_trainer(max_steps=3).fit(module, loaders())
+    torch.testing.assert_close(module.weights.detach(), before - (gradients[0] + gradients[1]) / 2)
+
+
+def test_each_level_is_clipped_by_its_own_norm():
+    options = {"inner_gradient_clip": 1e-3, "outer_gradient_clip": 1e-5}
+    sgd = {f"{level}_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0) for level in ("inner", "outer")}
+    module = HyperCleaning(**options, **sgd)
+    before = copy.deepcopy(module)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, loaders())
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(module.model.parameters(), before.model.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert (module.weights - before.weights).norm().item() == pytest.approx(1e-5, rel=1e-3)
+    assert trainer.callback_metrics["inner_gradient_norm"] > 1e-3  # what is logged is the norm before
+
+
+def test_each_level_advances_its_own_schedule():
+    module = HyperCleaning(
+        inner_steps=2,
+        inner_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        outer_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        inner_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        outer_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1),
+    )
+    trainer = quiet_trainer(max_steps=4)
+    trainer.fit(module, loaders())
+    inner, outer = (optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers)
+    assert (inner, outer) == (pytest.approx(0.5**4), pytest.approx(0.1**2))
+
+
+def test_inner_steps_leave_no_gradient_on_outer_parameters():
+    module = HyperCleaning(inner_steps=100)
+    quiet_trainer(max_steps=3).fit(module, loaders())
+    assert module.weights.grad is None
+    assert module.weights.requires_grad
+
+
+def test_dropout_is_off_in_the_hypergradient_and_on_afterwards():
+    module = HyperCleaning(dropout=0.5).train()
+    inner, outer = (next(iter(loader)) for loader in loaders().values())
+    estimates = [module.estimate_hypergradient(inner, outer).gradient[0] for _ in range(2)]
+    assert torch.equal(*estimates)
+    assert all(submodule.training for submodule in module.modules())
+    assert not torch.equal(module.inner_loss(inner), module.inner_loss(inner))
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize("inner_steps", [1, 4])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, inner_steps):
+    def make() -> HyperCleaning:
+        return HyperCleaning(hypergradient=Neumann(terms=2, refresh_every=2), inner_steps=inner_steps)
+
+    whole = make()
+    quiet_trainer(max_epochs=3).fit(whole, loaders())
+    callback = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    # A plain loader can be resumed at the end of an epoch only: the data module's own loaders are tested with it.
+    quiet_trainer(max_epochs=1, callbacks=[callback], enable_checkpointing=True).fit(make(), loaders())
+    resumed = make()
+    trainer = quiet_trainer(max_epochs=3)
+    trainer.fit(resumed, loaders(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True)
+    assert resumed.inner_steps_taken == trainer.global_step == 18
+    assert resumed.outer_steps_taken == whole.outer_steps_taken == 18 // inner_steps
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_module_of_somebody_else_becomes_bilevel_in_a_few_lines():
+    class Weighted(BilevelModule):
+        def __init__(self) -> None:
+            super().__init__(inner_steps=2, inner_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+            self.boring = BoringModel()
+            self.scale = nn.Parameter(torch.ones(32))
+
+        def inner_loss(self, batch: Tensor) -> Tensor:
+            return self.boring.loss(self.boring(self.scale * batch))
+
+        def outer_loss(self, batch: Tensor) -> Tensor:
+            return self.boring.loss(self.boring(batch))
+
+        def outer_parameters(self) -> list[nn.Parameter]:
+            return [self.scale]
+
+    module = Weighted()
+    theirs = module.boring.train_dataloader()
+    quiet_trainer(max_steps=6).fit(module, {"inner": theirs, "outer": module.boring.val_dataloader()})
+    assert module.outer_steps_taken == 3
+    assert not torch.equal(module.scale, torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, "`inner_steps` must be 1 or more, got 0"),
+        ({"inner_accumulation": 0}, "`inner_accumulation` must be 1 or more, got 0"),
+        ({"outer_gradient_clip": 0.0}, "`outer_gradient_clip` must be positive or null, got 0.0"),
+        ({"outer_accumulation": 5, "inner_steps": 2, "inner_accumulation": 2}, "has only 4 pairs"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        HyperCleaning(**options)
+
+
+def test_loaders_without_levels_are_refused():
+    with pytest.raises(ConfigurationError, match=r"needs \{'inner': batch, 'outer': batch\}, got list"):
+        quiet_trainer(max_steps=1).fit(HyperCleaning(), loaders()["inner"])
+
+
+def test_a_scheduler_that_needs_a_metric_is_refused():
+    module = HyperCleaning(outer_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ConfigurationError, match="`outer_scheduler` is a ReduceLROnPlateau"):
+        quiet_trainer(max_steps=1).fit(module, loaders())
+
+
+def test_a_scaled_loss_is_refused(monkeypatch):
+    # On a machine without a GPU Lightning refuses 16-mixed by itself, so its scaler is put in its place here.
+    module, trainer = HyperCleaning(), quiet_trainer(max_steps=1)
+    monkeypatch.setattr(trainer.precision_plugin, "scaler", object(), raising=False)
+    with pytest.raises(ConfigurationError, match="loss scaling would divide the hypergradient"):
+        trainer.fit(module, loaders())
+
+
+class EqualOnAllProcesses(pl.Callback):
+    """Fails the run if the processes' parameters are not bitwise equal at its end."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            gathered = pl_module.all_gather(parameter.detach())
+            assert torch.equal(gathered[0], gathered[1])
+
+
+class InTurn(pl.LightningDataModule):
+    """Deals rows to processes in turn, so that two batches of 2 make up one batch of 4, in order."""
+
+    def train_dataloader(self) -> dict[str, DataLoader]:
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        return {
+            level: DataLoader(
+                loader.dataset,
+                4 // world_size,
+                sampler=DistributedSampler(loader.dataset, world_size, rank, shuffle=False),
+            )
+            for level, loader in loaders().items()
+        }
+
+
+def test_two_processes_equal_one_with_the_double_batch():
+    options: dict[str, Any] = {"inner_steps": 2, "inner_gradient_clip": 0.1, "outer_gradient_clip": 0.01}
+    one, two = HyperCleaning(**options), HyperCleaning(**options)
+    quiet_trainer(max_steps=6).fit(one, InTurn())
+    quiet_trainer(max_steps=6, devices=2, strategy="ddp_fork", callbacks=[EqualOnAllProcesses()]).fit(two, InTurn())
+    torch.testing.assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=1e-10)
+    assert not torch.equal(two.weights, torch.zeros_like(two.weights))
