@@ -1,10 +1,21 @@
 """Differentiable instruction optimization for PyTorch Lightning."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.modules import BilevelModule, InstructionOptimization, InstructionTuning
+
+if TYPE_CHECKING:
+    from diopt_lightning.modules import BilevelModule, InstructionOptimization, InstructionTuning
 
 __version__ = version("diopt_lightning")
 
 __all__ = ["BilevelModule", "ConfigurationError", "InstructionOptimization", "InstructionTuning"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the modules when they are first asked for: ``diopt_lightning.bilevel`` needs PyTorch alone."""
+    if name in __all__:
+        return getattr(import_module("diopt_lightning.modules"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

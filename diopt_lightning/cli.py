@@ -1,6 +1,7 @@
 """The command line: ``diopt fit | validate | test | predict``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
@@ -50,9 +51,21 @@ def run(args: ArgsType = None) -> DioptCLI:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2."""
+    # PyTorch's own deprecation, met by Lightning whenever it moves a batch.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
         run(list(args) if args is not None else None)
-    except ConfigurationError as error:
-        print(f"diopt: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        mistake = configuration_error(error)
+        if mistake is None:
+            raise
+        print(f"diopt: error: {mistake}", file=sys.stderr)
         return 2
     return 0
+
+
+def configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """The user's mistake behind an error, which the parser wraps once for every class that it was making."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__
+    return error

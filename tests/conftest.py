@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diopt_lightning.backbones import Seq2Seq
+from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.data.synthetic import WORDS, BlankExemplars, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -41,7 +41,7 @@ def blank_exemplars(tmp_path: Path) -> BlankExemplars:
 @pytest.fixture
 def tiny_backbone() -> Callable[[], Seq2Seq]:
     """Makes encoder-decoder models that take milliseconds."""
-    return lambda: Seq2Seq(config=dict(TINY_T5))
+    return lambda: RandomSeq2Seq(dict(TINY_T5))
 
 
 def task_document(name: str = "task001", **changes: Any) -> dict[str, Any]:

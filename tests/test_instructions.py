@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diopt_lightning import ConfigurationError
-from diopt_lightning.backbones import Seq2Seq
+from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.backbones.base import prepend
 from diopt_lightning.data.collate import Batch, pad
 from diopt_lightning.data.prompts import PromptFormat, render
@@ -47,7 +47,7 @@ def tasks():
 
 @pytest.fixture
 def backbone(tokenizer):
-    backbone = Seq2Seq(config=dict(TINY_T5))
+    backbone = RandomSeq2Seq(dict(TINY_T5))
     backbone.build(tokenizer)
     return backbone
 
@@ -127,7 +127,7 @@ def test_the_gradient_of_an_instruction_is_right_in_float64(tokenizer, tasks, mo
         return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
     monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", forward)
-    backbone = Seq2Seq(config=dict(TINY_T5) | {"feed_forward_proj": "gated-gelu"})
+    backbone = RandomSeq2Seq(dict(TINY_T5) | {"feed_forward_proj": "gated-gelu"})
     backbone.build(tokenizer)
     backbone.double()
     batch = batch_of(tokenizer, INPUTS[:2], [0, 1])
@@ -263,18 +263,19 @@ class TestSeq2Seq:
         assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("make", "message"),
         [
-            ({}, "Give a `pretrained` model or a `config`"),
-            ({"pretrained": "a", "config": {"model_type": "t5"}}, "not both"),
-            ({"config": {"d_model": 8}}, "needs a `model_type`"),
-            ({"config": {"model_type": "no_such_model"}}, "makes no encoder-decoder model"),
-            ({"config": {"model_type": "llama"}}, "makes no encoder-decoder model"),
-            ({"config": dict(TINY_T5) | {"vocab_size": 10}}, r"tokens, and the model .* 10 embeddings"),
-            ({"config": dict(TINY_T5) | {"pad_token_id": 5}}, "The pad token is 0 in the tokenizer and 5 in the model"),
-            ({"pretrained": "no/model/here"}, "Cannot load `no/model/here`"),
+            (lambda: RandomSeq2Seq({"d_model": 8}), "needs a `model_type`"),
+            (lambda: RandomSeq2Seq({"model_type": "no_such_model"}), "makes no encoder-decoder model"),
+            (lambda: RandomSeq2Seq({"model_type": "llama"}), "makes no encoder-decoder model"),
+            (lambda: RandomSeq2Seq(dict(TINY_T5) | {"vocab_size": 10}), r"tokens, and the model .* 10 embeddings"),
+            (
+                lambda: RandomSeq2Seq(dict(TINY_T5) | {"pad_token_id": 5}),
+                "The pad token is 0 in the tokenizer and 5 in",
+            ),
+            (lambda: Seq2Seq("no/model/here"), "Cannot load `no/model/here`"),
         ],
     )
-    def test_bad_options_are_named(self, tokenizer, options, message):
+    def test_bad_options_are_named(self, tokenizer, make, message):
         with pytest.raises(ConfigurationError, match=message):
-            Seq2Seq(**options).build(tokenizer)
+            make().build(tokenizer)

@@ -7,6 +7,7 @@ from diopt_lightning.bilevel.hypergradient import ConvergenceWarning, Hypergradi
 from diopt_lightning.bilevel.products import Linearization, Product
 from diopt_lightning.bilevel.spectrum import largest_eigenvalue
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
+from diopt_lightning.errors import ConfigurationError
 
 
 class Neumann(HypergradientEstimator):
@@ -35,7 +36,7 @@ class Neumann(HypergradientEstimator):
     Statistics: ``residual`` (relative), ``step_size``, ``products``, and ``largest_eigenvalue`` where it was estimated.
 
     Raises:
-        ValueError: If an argument is outside of its range.
+        ConfigurationError: If an argument is outside of its range.
 
     Example:
         >>> import torch
@@ -61,11 +62,13 @@ class Neumann(HypergradientEstimator):
     ) -> None:
         super().__init__(product)
         if terms < 0:
-            raise ValueError(f"`terms` must be 0 or more, got {terms}.")
+            raise ConfigurationError(f"`terms` must be 0 or more, got {terms}.")
         if step_size is not None and not step_size > 0:
-            raise ValueError(f"`step_size` must be positive, got {step_size}. Leave it out to have it estimated.")
+            raise ConfigurationError(
+                f"`step_size` must be positive, got {step_size}. Leave it out to have it estimated."
+            )
         if power_iterations < 1 or refresh_every < 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f"`power_iterations` and `refresh_every` must be 1 or more, got {power_iterations} and {refresh_every}."
             )
         self.terms = terms

@@ -238,14 +238,15 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def _report(self, split: str, rows: "Dataset") -> None:
         """Say once how much there is, and what was cut or dropped."""
         tasks, all_tasks = self.split_tasks(split), self.tasks
+        column = {name: rows[name][:] for name in ("task", "instance", "cut_source", "cut_targets", "dropped_examples")}
         empty = sum(
             not all(output.strip() for output in all_tasks[task].instances[instance].outputs)
-            for task, instance in zip(rows["task"], rows["instance"], strict=True)
+            for task, instance in zip(column["task"], column["instance"], strict=True)
         )
         losses = {
-            "sources cut at the length limit": sum(rows["cut_source"]),
-            "targets cut": sum(rows["cut_targets"]),
-            "examples dropped from prompts because they did not fit": sum(rows["dropped_examples"]),
+            "sources cut at the length limit": sum(column["cut_source"]),
+            "targets cut": sum(column["cut_targets"]),
+            "examples dropped from prompts because they did not fit": sum(column["dropped_examples"]),
             "instances with an empty reference": empty,
         }
         said = "".join(f"; {number:,} {what}" for what, number in losses.items() if number)

@@ -46,10 +46,10 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         ConfigurationError: If an argument is out of range, or the instruction has nothing to learn.
 
     Example:
-        >>> from diopt_lightning.backbones import Seq2Seq
+        >>> from diopt_lightning.backbones import RandomSeq2Seq
         >>> from diopt_lightning.instructions import EmbedderDP
         >>> module = InstructionOptimization(
-        ...     backbone=Seq2Seq(config={"model_type": "t5", "d_model": 64}),
+        ...     backbone=RandomSeq2Seq({"model_type": "t5", "d_model": 64}),
         ...     instruction=EmbedderDP(length=16),
         ...     inner_steps=20,
         ... )

@@ -38,8 +38,8 @@ class InstructionTuning(InstructionEvaluation):
         ConfigurationError: If an argument is out of range.
 
     Example:
-        >>> from diopt_lightning.backbones import Seq2Seq
-        >>> module = InstructionTuning(backbone=Seq2Seq(config={"model_type": "t5", "d_model": 64}))
+        >>> from diopt_lightning.backbones import RandomSeq2Seq
+        >>> module = InstructionTuning(backbone=RandomSeq2Seq({"model_type": "t5", "d_model": 64}))
     """
 
     def __init__(
