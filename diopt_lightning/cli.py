@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from diopt_lightning.callbacks import Results
+from diopt_lightning.callbacks import RandomState, Results
 from diopt_lightning.errors import ConfigurationError
 
 
@@ -43,7 +43,7 @@ def run(args: ArgsType = None) -> DioptCLI:
         seed_everything_default=0,
         # Every level has an optimizer of its own, which `--optimizer` would replace.
         auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [Results()]},
+        trainer_defaults={"callbacks": [RandomState(), Results()]},
         save_config_kwargs={"overwrite": True},
         args=args,
     )

@@ -17,6 +17,7 @@ from diopt_lightning.instructions import (
     CandidatePool,
     Definition,
     EmbedderDP,
+    ExpectedLoss,
     ExtractorDP,
     InstructionEmbeddings,
     Normal,
@@ -54,7 +55,7 @@ def backbone(tokenizer):
 
 def batch_of(tokenizer, texts: list[str], task: list[int]) -> Batch:
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    labels = pad([tokenizer(WORDS[index])["input_ids"] for index in range(len(texts))], -100)
+    labels = pad([tokenizer(WORDS[index % 50])["input_ids"] for index in range(len(texts))], -100)
     mask = pad([[1] * len(row) for row in ids], 0)
     return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.zeros(len(task), dtype=torch.long))
 
@@ -89,7 +90,7 @@ def test_a_mixture_equals_the_obvious_loop(tokenizer, tasks, backbone):
     extractor.build(tasks, tokenizer, backbone.embedding)
     nn.init.normal_(extractor.logits)
     batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
-    embeddings, mask = extractor(batch, backbone.embedding)
+    embeddings, mask, _ = extractor(batch, backbone.embedding)
     weight = backbone.embedding.weight
     for row, task in enumerate([1, 0, 1]):
         expected, used = [], []
@@ -113,9 +114,51 @@ def test_a_mixture_equals_the_obvious_loop(tokenizer, tasks, backbone):
 def test_straight_through_is_one_hot_forward_and_softmax_backward():
     logits = torch.tensor([[0.3, -1.0, 0.9], [2.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     values = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
-    hard, soft = StraightThrough(temperature=0.5)(logits), Soft(temperature=0.5)(logits)
+    hard, soft = StraightThrough(temperature=0.5).weights(logits), Soft(temperature=0.5).weights(logits)
     assert hard.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     assert torch.equal(*(torch.autograd.grad((w * values).sum(), logits)[0] for w in (hard, soft)))
+
+
+def test_the_expected_loss_equals_the_obvious_loop(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(candidates=3, candidate_length=32, relaxation=ExpectedLoss(temperature=2.0))
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    nn.init.normal_(extractor.logits)
+    batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
+    batch.labels[0, -1] = -100  # unequal numbers of target tokens
+    p = (extractor.logits[:, 0] / 2.0).softmax(-1)
+    expected = torch.zeros(())
+    for row in range(3):
+        one = Batch(*(column[row : row + 1] for column in batch))
+        tokens = (one.labels != -100).sum()
+        for j in range(3):
+            chosen = extractor.choose(one.task, torch.tensor([[j]]), backbone.embedding)
+            expected = expected + p[one.task.item(), j] * tokens * backbone.loss(one, chosen)
+    expected = expected / (batch.labels != -100).sum()
+    found = backbone.loss(batch, extractor(batch, backbone.embedding))
+    assert torch.allclose(found, expected)
+    gradients = [torch.autograd.grad(loss, extractor.logits, retain_graph=True)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_expected_loss_draws_one_candidate_where_nothing_is_differentiated(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(candidates=3, candidate_length=32, relaxation=ExpectedLoss())
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    extractor.logits.data[0, 0] = torch.tensor([0.0, 1.0, -1e9])
+    extractor.logits.requires_grad_(False)
+    batch = batch_of(tokenizer, ["wolf"] * 300, [0] * 300)
+    drawn = extractor(batch, backbone.embedding)
+    assert drawn.alternatives is None
+    choices = [extractor.choose(torch.tensor([0]), torch.tensor([[j]]), backbone.embedding)[0][0] for j in range(3)]
+    counts = [sum(torch.equal(row, choice) for row in drawn.embeddings) for choice in choices]
+    assert counts[2] == 0
+    assert counts[1] / 300 == pytest.approx(torch.tensor([0.0, 1.0]).softmax(0)[1].item(), abs=0.1)
+
+
+def test_the_expected_loss_is_refused_for_several_slots(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(slots=2, candidates=3, relaxation=ExpectedLoss())
+    extractor.build(tasks, tokenizer, backbone.embedding)
+    with pytest.raises(ConfigurationError, match="ExpectedLoss sums over the candidates of one slot, and `slots` is 2"):
+        extractor(batch_of(tokenizer, INPUTS, [0, 1, 0]), backbone.embedding)
 
 
 def test_the_gradient_of_an_instruction_is_right_in_float64(tokenizer, tasks, monkeypatch):
@@ -131,16 +174,17 @@ def test_the_gradient_of_an_instruction_is_right_in_float64(tokenizer, tasks, mo
     backbone.build(tokenizer)
     backbone.double()
     batch = batch_of(tokenizer, INPUTS[:2], [0, 1])
-    for instruction in (EmbedderDP(length=2), ExtractorDP(slots=1, candidates=3, relaxation=Soft())):
+    for instruction in (
+        EmbedderDP(length=2),
+        *(ExtractorDP(slots=1, candidates=3, relaxation=r) for r in (Soft(), ExpectedLoss())),
+    ):
         instruction.build(tasks, tokenizer, backbone.embedding)
         instruction.double()
         name, parameter = next(instruction.named_parameters())
 
         def loss(value, instruction=instruction, name=name):
-            def run(batch, embed):
-                return torch.func.functional_call(instruction, {name: value}, (batch, embed))
-
-            return backbone.loss(batch, run(batch, backbone.embedding))
+            embeddings = torch.func.functional_call(instruction, {name: value}, (batch, backbone.embedding))
+            return backbone.loss(batch, embeddings)
 
         assert torch.autograd.gradcheck(loss, (parameter.detach().clone().requires_grad_(),))
 
@@ -201,7 +245,7 @@ def test_random_exemplars_are_drawn_anew_and_without_repetition(tokenizer, tasks
     random.build(tasks, tokenizer, backbone.embedding)
     assert not list(random.parameters())
     batch = batch_of(tokenizer, ["wolf"] * 64, [0] * 64)
-    embeddings, _ = random(batch, backbone.embedding)
+    embeddings = random(batch, backbone.embedding).embeddings
     first, second = embeddings.chunk(2, dim=1)
     header = random.header_ids.shape[1]
     assert len({tuple(row.flatten().tolist()) for row in first[:, header:]}) == 3

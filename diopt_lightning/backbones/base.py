@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.instructions.base import InstructionEmbeddings
 
 
@@ -31,11 +32,28 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's target tokens."""
+        """Cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's target tokens.
+
+        Where the instruction has several alternatives for an instance, its loss is their weighted mean.
+        """
 
     @abstractmethod
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
         """Greedy outputs of ``[input]`` as token ids ``(batch, up to max_new_tokens + 1)``."""
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross-entropies of each row's target tokens.
+
+    Args:
+        logits: ``(rows, length, vocabulary)``.
+        labels: ``(rows, length)``, -100 where there is no target.
+
+    Returns:
+        Losses ``(rows,)`` in nats.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL)
+    return losses.view(labels.shape).sum(dim=1)
 
 
 def prepend(instruction: InstructionEmbeddings, embeddings: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.base import Backbone, prepend
-from diopt_lightning.data.collate import Batch
+from diopt_lightning.backbones.base import Backbone, prepend, token_losses
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import InstructionEmbeddings
 
@@ -76,11 +76,16 @@ class Seq2Seq(Backbone):
 
     def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Mean token-level cross-entropy of ``batch.labels``, a scalar; see :class:`Backbone`."""
+        num_targets = (batch.labels != IGNORED_LABEL).sum()
+        alternatives = instruction.alternatives if instruction is not None else None
+        if alternatives is not None:
+            batch = Batch(*(column[alternatives.instance] for column in batch))
         embeddings, mask = self.embedding(batch.input_ids), batch.attention_mask
         if instruction is not None:
             embeddings, mask = prepend(instruction, embeddings, mask)
-        loss: Tensor = self.model(inputs_embeds=embeddings, attention_mask=mask, labels=batch.labels).loss
-        return loss
+        logits = self.model(inputs_embeds=embeddings, attention_mask=mask, labels=batch.labels).logits
+        losses = token_losses(logits, batch.labels)
+        return (losses if alternatives is None else alternatives.weight * losses).sum() / num_targets
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:

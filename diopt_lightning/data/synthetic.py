@@ -55,12 +55,12 @@ class BlankExemplars:
 
     exemplars: int = 4
     train_tasks: int = 32
-    validation_tasks: int = 16
+    validation_tasks: int = 32
     dev_tasks: int = 16
     test_tasks: int = 16
     instances: int = 100
-    labels: int = 16
-    input_words: int = 4
+    labels: int = 32
+    input_words: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

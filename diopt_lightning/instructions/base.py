@@ -14,16 +14,30 @@ Embed = Callable[[Tensor], Tensor]
 """The backbone's input embedding: ids ``(...)`` to vectors ``(..., dim)``."""
 
 
+class Alternatives(NamedTuple):
+    """Several instructions for an instance, whose losses are averaged.
+
+    Args:
+        instance: Which instance of the batch each row belongs to ``(rows,)``.
+        weight: What the row's loss counts ``(rows,)``; the weights of an instance sum to one.
+    """
+
+    instance: Tensor
+    weight: Tensor
+
+
 class InstructionEmbeddings(NamedTuple):
     """Instructions of a batch, to be put before the embeddings of its inputs.
 
     Args:
-        embeddings: ``(batch, length, dim)``.
-        mask: True where there is a vector ``(batch, length)``; others are left out.
+        embeddings: ``(rows, length, dim)``.
+        mask: True where there is a vector ``(rows, length)``; others are left out.
+        alternatives: What the rows are, where there are several for an instance. Default: row i is for instance i.
     """
 
     embeddings: Tensor
     mask: Tensor
+    alternatives: Alternatives | None = None
 
 
 class Instruction(nn.Module, ABC):

@@ -78,22 +78,34 @@ class Extractor(Instruction):
         self.register_buffer("header_mask", tokenized.header_mask, persistent=False)
         self.candidate_texts = tokenized.texts
 
-    def extract(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
-        """Mix the candidates of tasks.
+    def mix(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Mix all candidates of each row's task.
 
         Args:
-            task: Indices of tasks ``(tasks,)``.
-            weights: Weights over the candidates of each ``(tasks, slots, candidates)``.
+            task: Indices of tasks ``(rows,)``.
+            weights: Weights over their candidates ``(rows, slots, candidates)``.
             embed: The backbone's input embedding.
 
         Returns:
-            Embeddings ``(tasks, slots * (header + candidate), dim)`` and their mask.
+            Embeddings ``(rows, slots * (header + candidate), dim)`` and their mask.
         """
         mask = self.candidate_mask[task]
         candidates = embed(self.candidate_ids[task]) * mask.unsqueeze(-1)
-        mixed = torch.einsum("tsn,tnld->tsld", weights.to(candidates.dtype), candidates)
-        used = torch.einsum("tsn,tnl->tsl", (weights > 0).float(), mask.float()) > 0
+        mixed = torch.einsum("rsn,rnld->rsld", weights.to(candidates.dtype), candidates)
+        used = torch.einsum("rsn,rnl->rsl", (weights > 0).float(), mask.float()) > 0
         return self.join(mixed, used, embed)
+
+    def choose(self, task: Tensor, choice: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Take one candidate for each slot: as :meth:`mix` with one-hot weights, without embedding the others.
+
+        Args:
+            task: Indices of tasks ``(rows,)``.
+            choice: Indices of candidates ``(rows, slots)``.
+            embed: The backbone's input embedding.
+        """
+        task = task.unsqueeze(1)
+        mask = self.candidate_mask[task, choice]
+        return self.join(embed(self.candidate_ids[task, choice]) * mask.unsqueeze(-1), mask, embed)
 
     def join(self, bodies: Tensor, mask: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Put each slot's header before its exemplar ``(batch, slots, length, dim)`` and the slots in a row."""
@@ -115,8 +127,9 @@ class ExtractorDP(Extractor):
         candidates: :math:`N`, the candidates of each task. Default: 32, as in the reference implementation.
         candidate_length: Tokens of a candidate; longer ones are cut, and counted. Default: 128, likewise.
         pool: Where candidates come from. Default: positive examples, filled up with instances.
-        relaxation: How the choice is differentiated. Default: straight-through, as in the paper. On small problems soft
-            mixing finds the better exemplar far more often, because all candidates get a gradient.
+        relaxation: How the choice is differentiated. Default: straight-through, as in the paper. On the experiment of
+            ``configs/demo.yaml`` :class:`~diopt_lightning.instructions.ExpectedLoss` finds the better exemplar far more
+            often.
 
     Raises:
         ConfigurationError: If a number is not positive, or there are more slots than candidates.
@@ -147,14 +160,11 @@ class ExtractorDP(Extractor):
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the chosen exemplars of each instance's task."""
-        # Candidates are embedded once for each task of the batch: they are by far the largest tensor here.
-        tasks, position = torch.unique(batch.task, return_inverse=True)
-        embeddings, mask = self.extract(tasks, self.relaxation(self.logits[tasks]), embed)
-        return InstructionEmbeddings(embeddings[position], mask[position])
+        return self.relaxation.extract(self, batch.task, self.logits[batch.task], embed)
 
     def probabilities(self) -> Tensor:
         """The softmax of the logits, ``(tasks, slots, candidates)``."""
-        return (self.logits.detach() / self.relaxation.temperature).softmax(dim=-1)
+        return self.relaxation.probabilities(self.logits.detach())
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return for each task the chosen exemplar of every slot with its probability."""
@@ -201,6 +211,4 @@ class RandomExemplar(Extractor):
         """Return random exemplars of each instance's task."""
         # Drawn on the CPU, whose random state Lightning seeds and checkpoints alike on every machine.
         drawn = torch.rand(len(batch.task), self.candidates).topk(self.slots).indices.to(batch.task.device)
-        task = batch.task.unsqueeze(1)
-        mask = self.candidate_mask[task, drawn]
-        return self.join(embed(self.candidate_ids[task, drawn]) * mask.unsqueeze(-1), mask, embed)
+        return self.choose(batch.task, drawn, embed)

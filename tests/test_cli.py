@@ -1,0 +1,188 @@
+"""The command line: every shipped configuration, the help, whole small runs, and users' mistakes."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from diopt_lightning.cli import DioptCLI, main, run
+from tests.conftest import TINY_T5
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CLASSES = [
+    ("model", "diopt_lightning.InstructionOptimization"),
+    ("model", "diopt_lightning.InstructionTuning"),
+    ("data", "diopt_lightning.data.NaturalInstructionsDataModule"),
+    ("data", "diopt_lightning.data.BlankExemplarsDataModule"),
+]
+PARTS = [
+    ("backbone", "diopt_lightning.backbones.Seq2Seq"),
+    ("backbone", "diopt_lightning.backbones.RandomSeq2Seq"),
+    ("instruction", "diopt_lightning.instructions.EmbedderDP"),
+    ("instruction", "diopt_lightning.instructions.ExtractorDP"),
+    ("instruction", "diopt_lightning.instructions.RandomExemplar"),
+    ("hypergradient", "diopt_lightning.bilevel.Neumann"),
+]
+
+
+def parse(*arguments: str) -> Any:
+    """The parsed configuration of a command, without running it."""
+    cli = object.__new__(DioptCLI)
+    with pytest.MonkeyPatch.context() as patch:
+        captured: dict[str, Any] = {}
+        patch.setattr(DioptCLI, "before_instantiate_classes", lambda self: captured.update(config=self.config))
+        patch.setattr(DioptCLI, "instantiate_classes", lambda self: None)
+        patch.setattr(DioptCLI, "_run_subcommand", lambda self, subcommand: None)
+        run(list(arguments))
+    del cli
+    return captured["config"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_configuration_is_valid(path):
+    config = parse("fit", "--config", str(path))
+    written = yaml.safe_load(path.read_text())
+    assert config.fit.model.class_path == written["model"]["class_path"]
+
+
+def help_of(*arguments: str) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
+        run(list(arguments))
+    assert stop.value.code == 0
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "class_path"), CLASSES)
+def test_every_argument_is_described(kind, class_path):
+    check_help(help_of("fit", f"--{kind}.help={class_path}"), f"--{kind}.")
+
+
+@pytest.mark.parametrize(("part", "class_path"), PARTS)
+def test_every_argument_of_a_part_is_described(part, class_path):
+    model = "diopt_lightning.InstructionOptimization"
+    check_help(help_of("fit", f"--model={model}", f"--model.{part}.help={class_path}"), f"--{part}.")
+
+
+def check_help(text: str, prefix: str) -> None:
+    """Every option is followed by words of its own, beside its type and default."""
+    options: dict[str, str] = {}
+    current = None
+    for line in text.splitlines():
+        stripped = line.strip()
+        if stripped.startswith("--"):
+            current = stripped.split()[0]
+            options[current] = " ".join(stripped.split()[1:])
+        elif current is not None:
+            options[current] += " " + stripped
+    described = {name: said for name, said in options.items() if name.startswith(prefix) and ".help" not in name}
+    assert described
+    for name, said in described.items():
+        words = said.split("(type:")[0].split("(required")[0]
+        assert sum(word.strip(".,").isalpha() for word in words.split()[1:]) >= 3, (name, said)
+
+
+def small_run(root: Path) -> list[str]:
+    """Arguments that make the demo small."""
+    return [
+        "--config",
+        str(ROOT / "configs" / "demo.yaml"),
+        f"--data.root={root / 'data'}",
+        "--data.tasks={exemplars: 3, train_tasks: 4, validation_tasks: 2, dev_tasks: 2, test_tasks: 2, instances: 8,"
+        " labels: 4}",
+        "--data.batch_size=4",
+        "--data.outer_batch_size=4",
+        "--model.instruction.candidates=3",
+        f"--model.backbone.config={json.dumps(TINY_T5)}",
+        "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={root}",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+def test_a_small_demo_leaves_its_results(tmp_path, capfd):
+    assert main(["fit", *small_run(tmp_path)]) == 0
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "losses.csv",
+        "losses.png",
+        "instructions.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "config.yaml",
+    } <= names
+    assert len((folder / "losses.csv").read_text().splitlines()) == 1 + 16
+    instructions = json.loads((folder / "instructions.json").read_text())
+    assert [row["task"] for row in instructions] == [f"task00{i}_label_train" for i in range(1, 5)]
+    assert all(0 <= row["slots"][0]["probability"] <= 1 for row in instructions)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"test/loss", "test/rougeL", "test/exact_match", "test/rougeL/category/Label Recall"} <= metrics.keys()
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 16
+    assert {"id", "prediction", "references"} <= predictions[0].keys()
+    assert f"Results are in {folder}" in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+def test_a_run_goes_on_and_is_tested_from_its_checkpoint(tmp_path):
+    arguments = ["--test_after_fit=false", "--trainer.callbacks=[]"]
+    assert main(["fit", *small_run(tmp_path), *arguments, "--trainer.max_epochs=4"]) == 0
+    whole = checkpoint(tmp_path, "epoch=3-step=32.ckpt")
+    for extra in (
+        ["--trainer.max_steps=11"],
+        ["--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/lightning_logs/version_1/checkpoints/epoch=1-step=11.ckpt"],
+    ):
+        assert main(["fit", *small_run(tmp_path), *arguments, *extra]) == 0
+    resumed = checkpoint(tmp_path, "epoch=3-step=32.ckpt", version=2)
+    assert whole["bilevel"] == resumed["bilevel"]
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    losses = (tmp_path / "lightning_logs" / "version_2" / "losses.csv").read_text()
+    assert losses == (tmp_path / "lightning_logs" / "version_0" / "losses.csv").read_text()
+    path = tmp_path / "lightning_logs" / "version_2" / "checkpoints" / "epoch=3-step=32.ckpt"
+    test_arguments = small_run(tmp_path)[2:]
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config.pop("test_after_fit")
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--config", str(tmp_path / "test.yaml"), *test_arguments, f"--ckpt_path={path}"]) == 0
+    assert (tmp_path / "lightning_logs" / "version_3" / "predictions.jsonl").exists()
+
+
+def checkpoint(root: Path, name: str, version: int = 0) -> dict[str, Any]:
+    path = root / "lightning_logs" / f"version_{version}" / "checkpoints" / name
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.root=nowhere", "--data=diopt_lightning.data.NaturalInstructionsDataModule"], "no folder nowhere"),
+        (["--data.batch_size=0"], "`data.batch_size` must be 1 or more, got 0"),
+        (["--model.inner_steps=0"], "`inner_steps` must be 1 or more, got 0"),
+        (["--model.hypergradient.step_size=-1"], "`step_size` must be positive, got -1.0"),
+        (["--model.instruction.slots=4"], "cannot fill 4 `slots` from 3 `candidates`"),
+        (["--model.instruction.candidates=4"], "has 3 candidate exemplars and 4 are asked for"),
+        (["--model.instruction.candidate_length=2000"], "the learned instruction alone takes 2008"),
+        (["--model.backbone.config={d_model: 8}"], "needs a `model_type`"),
+        (["--model.instruction=diopt_lightning.instructions.RandomExemplar"], "RandomExemplar has nothing to learn"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_before_training(tmp_path, capfd, arguments, message):
+    if "NaturalInstructions" in "".join(arguments):
+        arguments = [*reversed(arguments), "--data.tokenizer=none"]
+        given = [a for a in small_run(tmp_path) if not a.startswith("--data.")]
+    else:
+        given = small_run(tmp_path)
+    assert main(["fit", *given, "--trainer.callbacks=[]", *arguments]) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("diopt: error:")]
+    assert message in line
