@@ -132,31 +132,38 @@ def test_a_small_demo_leaves_its_results(tmp_path, capfd):
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-def test_a_run_goes_on_and_is_tested_from_its_checkpoint(tmp_path):
-    arguments = ["--test_after_fit=false", "--trainer.callbacks=[]"]
-    assert main(["fit", *small_run(tmp_path), *arguments, "--trainer.max_epochs=4"]) == 0
-    whole = checkpoint(tmp_path, "epoch=3-step=32.ckpt")
-    for extra in (
-        ["--trainer.max_steps=11"],
-        ["--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/lightning_logs/version_1/checkpoints/epoch=1-step=11.ckpt"],
-    ):
-        assert main(["fit", *small_run(tmp_path), *arguments, *extra]) == 0
-    resumed = checkpoint(tmp_path, "epoch=3-step=32.ckpt", version=2)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_in_mid_epoch_is_bitwise_the_uninterrupted_one_and_can_be_tested(tmp_path, workers):
+    saved = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "every_n_train_steps": 11,
+            "save_top_k": -1,
+            "dirpath": f"{tmp_path}/saved",
+            "filename": "{step}",
+        },
+    }
+    usual = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    arguments = [*small_run(tmp_path), f"--data.num_workers={workers}", "--test_after_fit=false"]
+    arguments += ["--trainer.max_epochs=4", "--trainer.limit_val_batches=1"]
+    assert main(["fit", *arguments, f"--trainer.callbacks={json.dumps([saved, usual])}"]) == 0
+    assert main(["fit", *arguments, "--trainer.callbacks=[]", f"--ckpt_path={tmp_path}/saved/step=11.ckpt"]) == 0
+    whole, resumed = (checkpoint(tmp_path, version) for version in (0, 1))
     assert whole["bilevel"] == resumed["bilevel"]
+    assert whole["bilevel"]["outer_steps_taken"] == 32
     assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
-    losses = (tmp_path / "lightning_logs" / "version_2" / "losses.csv").read_text()
-    assert losses == (tmp_path / "lightning_logs" / "version_0" / "losses.csv").read_text()
-    path = tmp_path / "lightning_logs" / "version_2" / "checkpoints" / "epoch=3-step=32.ckpt"
-    test_arguments = small_run(tmp_path)[2:]
-    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    config.pop("test_after_fit")
-    (tmp_path / "test.yaml").write_text(yaml.safe_dump(config))
-    assert main(["test", "--config", str(tmp_path / "test.yaml"), *test_arguments, f"--ckpt_path={path}"]) == 0
-    assert (tmp_path / "lightning_logs" / "version_3" / "predictions.jsonl").exists()
+    losses = [(tmp_path / "lightning_logs" / f"version_{v}" / "losses.csv").read_text() for v in (0, 1)]
+    assert losses[0] == losses[1]
+
+    folder = tmp_path / "lightning_logs" / "version_1"
+    path = folder / "checkpoints" / "epoch=3-step=32.ckpt"
+    test = ["--config", str(folder / "config.yaml"), f"--ckpt_path={path}"]
+    assert main(["test", *test]) == 0
+    assert (tmp_path / "lightning_logs" / "version_2" / "predictions.jsonl").exists()
 
 
-def checkpoint(root: Path, name: str, version: int = 0) -> dict[str, Any]:
-    path = root / "lightning_logs" / f"version_{version}" / "checkpoints" / name
+def checkpoint(root: Path, version: int) -> dict[str, Any]:
+    path = root / "lightning_logs" / f"version_{version}" / "checkpoints" / "epoch=3-step=32.ckpt"
     loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
 

@@ -1,0 +1,48 @@
+"""The controlled experiment in full: minutes a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diopt_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(config: str, seed: int, root: Path, *arguments: str) -> dict[str, float]:
+    """Run a shipped configuration with a seed for everything and return its test metrics."""
+    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--data.tasks.seed={seed}"]
+    places = [f"--trainer.default_root_dir={root}", f"--data.root={root}/data", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", str(ROOT / "configs" / config), *seeds, *places, *arguments]) == 0
+    metrics: dict[str, float] = json.loads((root / "lightning_logs" / "version_0" / "metrics.json").read_text())
+    return metrics
+
+
+def found(root: Path) -> float:
+    """Share of train tasks whose likeliest exemplar is the real one, read from the run's files and the tasks' JSON."""
+    chosen = json.loads((root / "lightning_logs" / "version_0" / "instructions.json").read_text())
+    real = []
+    for row in chosen:
+        task = json.loads((root / "data" / "tasks" / f"{row['task']}.json").read_text())
+        real.append(task["Positive Examples"][row["slots"][0]["candidate"]]["output"] != "blank")
+    assert len(real) == 32
+    return sum(real) / len(real)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("candidates", [4, 8])
+def test_the_real_exemplar_is_found(tmp_path, seed, candidates):
+    learned, random = tmp_path / "learned", tmp_path / "random"
+    size = [f"--data.tasks.exemplars={candidates}", f"--model.instruction.candidates={candidates}"]
+    with_learned = run("demo.yaml", seed, learned, *size)
+    with_random = run("demo_random_exemplars.yaml", seed, random, *size)
+    print(f"\nN={candidates} seed={seed}: found {found(learned):.3f}")
+    for name in ("test/loss", "test/exact_match"):
+        print(f"  {name}: learned {with_learned[name]:.3f}, random {with_random[name]:.3f}")
+    assert found(learned) >= 0.9
+    assert with_learned["test/loss"] < 0.9 * with_random["test/loss"]
+    assert with_learned["test/exact_match"] > with_random["test/exact_match"] + 5
+    assert torch.isfinite(torch.tensor(list(with_learned.values()))).all()
