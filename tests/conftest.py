@@ -30,6 +30,12 @@ def _run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compute_on_one_thread() -> None:
+    """Models this small take longer on two threads than on one."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def blank_exemplars(tmp_path: Path) -> BlankExemplars:
     """A smaller version of the demo's experiment."""

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from diopt_lightning.cli import DioptCLI, main, run
+from diopt_lightning.data import BlankExemplars
 from tests.conftest import TINY_T5
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,11 +180,19 @@ def checkpoint(root: Path, version: int) -> dict[str, Any]:
         (["--model.instruction.candidates=4"], "has 3 candidate exemplars and 4 are asked for"),
         (["--model.instruction.candidate_length=2000"], "the learned instruction alone takes 2008"),
         (["--model.backbone.config={d_model: 8}"], "needs a `model_type`"),
+        (["--data.validation_tasks=0"], "There are no validation tasks"),
         (["--model.instruction=diopt_lightning.instructions.RandomExemplar"], "RandomExemplar has nothing to learn"),
     ],
 )
 def test_a_mistake_ends_with_one_line_before_training(tmp_path, capfd, arguments, message):
-    if "NaturalInstructions" in "".join(arguments):
+    if "validation" in message:
+        blank = BlankExemplars(train_tasks=4, validation_tasks=1, dev_tasks=0, test_tasks=1, instances=2)
+        blank.write(tmp_path / "data")
+        (tmp_path / "data" / "splits" / "default" / "validation_tasks.txt").unlink()
+        arguments = [f"--data.root={tmp_path}/data", f"--data.tokenizer={tmp_path}/data/tokenizer", *arguments]
+        arguments = ["--data=diopt_lightning.data.NaturalInstructionsDataModule", *arguments, "--data.dev_tasks=0"]
+        given = [a for a in small_run(tmp_path) if not a.startswith("--data.")]
+    elif "NaturalInstructions" in "".join(arguments):
         arguments = [*reversed(arguments), "--data.tokenizer=none"]
         given = [a for a in small_run(tmp_path) if not a.startswith("--data.")]
     else:

@@ -9,6 +9,7 @@ from torch import nn
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.backbones.base import prepend
+from diopt_lightning.bilevel import BilevelProblem, Neumann
 from diopt_lightning.data.collate import Batch, pad
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
@@ -300,6 +301,34 @@ class TestSeq2Seq:
         kept = batch.labels != -100
         expected = nn.functional.cross_entropy(logits[kept], batch.labels[kept])
         assert torch.allclose(backbone.loss(batch), expected)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"model_type": "bart", "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+            | {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "scale_embedding": True, "dropout": 0.0},
+            dict(TINY_T5) | {"model_type": "umt5"},
+        ],
+        ids=lambda config: config["model_type"],
+    )
+    def test_other_families_see_embeddings_as_they_see_tokens(self, tokenizer, config):
+        backbone = RandomSeq2Seq(config)
+        backbone.build(tokenizer)
+        batch = batch_of(tokenizer, INPUTS, [0, 0, 0])
+        tokens = backbone.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        assert torch.allclose(backbone.loss(batch), tokens.loss, atol=1e-6)
+        assert backbone.generate(batch, max_new_tokens=3).shape[0] == 3
+
+    def test_fused_attention_is_switched_off_for_second_derivatives_alone(self, backbone, tokenizer):
+        batch = batch_of(tokenizer, INPUTS, [0, 0, 0])
+        gradient = torch.autograd.grad(backbone.loss(batch), backbone.embedding.weight, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product_.* is not implemented"):
+            gradient.sum().backward()
+        weight = torch.ones((), requires_grad=True)
+        problem = BilevelProblem(
+            lambda: weight * backbone.loss(batch), lambda: backbone.loss(batch), list(backbone.parameters()), [weight]
+        )
+        assert Neumann(terms=1, step_size=1e-3)(problem).gradient[0].isfinite()
 
     def test_build_is_done_once(self, backbone, tokenizer):
         before = copy.deepcopy(backbone.state_dict())

@@ -22,7 +22,7 @@ class Results(pl.Callback):
 
     After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps, and ``instructions.json``, what
     was learned for each task. After testing: ``metrics.json``, over all, per category and per task, and
-    ``predictions.jsonl``, which the official evaluation reads.
+    ``predictions.jsonl``, which the official evaluation reads; after predicting, the latter.
 
     Args:
         table: Whether to print the table.
@@ -76,20 +76,42 @@ class Results(pl.Callback):
         if isinstance(outputs, dict):
             self._predictions += outputs.get("predictions", [])
 
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the predictions of the batch."""
+        if isinstance(pl_module, InstructionEvaluation):
+            self._predictions += outputs
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write predictions."""
+        self._write_predictions(trainer)
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write metrics and predictions."""
-        predictions, self._predictions = gather(self._predictions), []
+        number = self._write_predictions(trainer)
         if not trainer.is_global_zero or not isinstance(pl_module, InstructionEvaluation):
             return
         folder = results_folder(trainer)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        write_json(
-            folder / "metrics.json", {**metrics, **{f"test/{k}": v for k, v in pl_module.scores["test"].items()}}
-        )
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
-                file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-        self._show(f"{len(predictions):,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
+        details = {f"test/{name}": value for name, value in pl_module.scores["test"].items()}
+        write_json(folder / "metrics.json", {**metrics, **details})
+        self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
+
+    def _write_predictions(self, trainer: pl.Trainer) -> int:
+        """Write the predictions of all processes as JSON lines, and return how many there are."""
+        predictions, self._predictions = gather(self._predictions), []
+        if trainer.is_global_zero and predictions:
+            with (results_folder(trainer) / "predictions.jsonl").open("w", encoding="utf-8") as file:
+                for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
+                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+        return len(predictions)
 
     def _show(self, title: str, rows: dict[str, str], folder: Path) -> None:
         if not self.table:

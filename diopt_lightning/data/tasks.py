@@ -102,6 +102,8 @@ def read_task(path: Path) -> Task:
         raise ConfigurationError(
             f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigurationError(f"{path} is JSON that cannot be read: {error}.") from error
     reader = _Fields(path, document, "")
     return Task(
         name=path.stem,

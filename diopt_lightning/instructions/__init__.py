@@ -3,7 +3,8 @@
 from diopt_lightning.instructions.base import Alternatives, Instruction, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.embedder import EmbedderDP
-from diopt_lightning.instructions.extractor import Extractor, ExtractorDP, RandomExemplar
+from diopt_lightning.instructions.extractor import Extractor, RandomExemplar
+from diopt_lightning.instructions.extractor_dp import ExtractorDP
 from diopt_lightning.instructions.initialization import Definition, Initialization, Normal, Vocabulary
 from diopt_lightning.instructions.relaxation import ExpectedLoss, Mixture, Relaxation, Soft, StraightThrough
 

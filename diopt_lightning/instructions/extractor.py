@@ -1,4 +1,4 @@
-"""The instruction extractor: a discrete instruction, chosen among candidate exemplars."""
+"""Instructions that are exemplars, chosen among candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,6 @@ from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool, tokenize_candidates
-from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
 
 # Positions set aside for ` Positive Example 1 -`, which takes 4 to 7 tokens with the tokenizers tried.
 HEADER_LENGTH = 8
@@ -114,73 +113,6 @@ class Extractor(Instruction):
         return InstructionEmbeddings(
             torch.cat([headers, bodies], dim=2).flatten(1, 2), torch.cat([header_mask, mask], dim=2).flatten(1, 2)
         )
-
-
-class ExtractorDP(Extractor):
-    r"""Instruction extractor, direct parameterization: free logits :math:`V_t \in R^{k \times N}` for each train task.
-
-    (Isonuma et al. 2023, section 3.3.) The logits start at zero, as in the reference implementation: every candidate is
-    as likely as any other.
-
-    Args:
-        slots: :math:`k`, the exemplars to choose for each task. Default: 1.
-        candidates: :math:`N`, the candidates of each task. Default: 32, as in the reference implementation.
-        candidate_length: Tokens of a candidate; longer ones are cut, and counted. Default: 128, likewise.
-        pool: Where candidates come from. Default: positive examples, filled up with instances.
-        relaxation: How the choice is differentiated. Default: straight-through, as in the paper. On the experiment of
-            ``configs/demo.yaml`` :class:`~diopt_lightning.instructions.ExpectedLoss` finds the better exemplar far more
-            often.
-
-    Raises:
-        ConfigurationError: If a number is not positive, or there are more slots than candidates.
-
-    Example:
-        >>> from diopt_lightning.instructions import Soft
-        >>> ExtractorDP(slots=1, candidates=4, relaxation=Soft()).candidates
-        4
-    """
-
-    logits: nn.Parameter
-
-    def __init__(
-        self,
-        slots: int = 1,
-        candidates: int = 32,
-        candidate_length: int = 128,
-        pool: CandidatePool = CandidatePool(),
-        relaxation: Relaxation | None = None,
-    ) -> None:
-        super().__init__(slots, candidates, candidate_length, pool)
-        self.relaxation = relaxation if relaxation is not None else StraightThrough()
-
-    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
-        """Tokenize the candidates and make ``logits``, of shape ``(tasks, slots, candidates)``."""
-        super().build(tasks, tokenizer, embedding)
-        self.logits = nn.Parameter(torch.zeros(len(tasks), self.slots, self.candidates, device=embedding.weight.device))
-
-    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
-        """Return the chosen exemplars of each instance's task."""
-        return self.relaxation.extract(self, batch.task, self.logits[batch.task], embed)
-
-    def probabilities(self) -> Tensor:
-        """The softmax of the logits, ``(tasks, slots, candidates)``."""
-        return self.relaxation.probabilities(self.logits.detach())
-
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
-        """Return for each task the chosen exemplar of every slot with its probability."""
-        probabilities, choices = self.probabilities().max(dim=-1)
-        return [
-            {
-                "task": name,
-                "slots": [
-                    {"candidate": choice, "probability": round(probability, 4), "exemplar": texts[choice].strip()}
-                    for choice, probability in zip(chosen, probable, strict=True)
-                ],
-            }
-            for name, texts, chosen, probable in zip(
-                self.task_names, self.candidate_texts, choices.tolist(), probabilities.tolist(), strict=True
-            )
-        ]
 
 
 class RandomExemplar(Extractor):

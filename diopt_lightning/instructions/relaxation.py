@@ -1,7 +1,6 @@
 """How a discrete choice among candidates is made differentiable."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,9 +8,7 @@ from torch.nn import functional as F
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Alternatives, Embed, InstructionEmbeddings
-
-if TYPE_CHECKING:
-    from diopt_lightning.instructions.extractor import Extractor
+from diopt_lightning.instructions.extractor import Extractor
 
 
 class Relaxation(ABC):
@@ -34,7 +31,7 @@ class Relaxation(ABC):
         return F.softmax(logits / self.temperature, dim=-1)
 
     @abstractmethod
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance.
 
         Args:
@@ -52,7 +49,7 @@ class Mixture(Relaxation):
     def weights(self, logits: Tensor) -> Tensor:
         """Return weights of the shape of ``logits`` that sum to one over the last dimension."""
 
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Mix the candidates; see :class:`Relaxation`."""
         return extractor.mix(task, self.weights(logits), embed)
 
@@ -101,7 +98,7 @@ class ExpectedLoss(Relaxation):
     is drawn for each instance, at the cost of any other instruction. Fills one slot.
     """
 
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return all candidates with their probabilities, or drawn ones; see :class:`Relaxation`."""
         if extractor.slots != 1:
             raise ConfigurationError(

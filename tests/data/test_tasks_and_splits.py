@@ -37,6 +37,7 @@ EXAMPLE = {"input": "a", "output": "b"}
         (b"\xff\xfe{}", "is not UTF-8"),
         (b'{"Definition": ', "is not valid JSON: line 1"),
         (["a list"], "expected a JSON object"),
+        (b"[" * 100_000, "is JSON that cannot be read"),
         (task_document(Definition=None), "the field `Definition` is missing"),
         (task_document(Definition=[]), r"\['Definition'\]: expected a list of strings that is not empty"),
         (task_document(Definition=["  "]), r"\['Definition'\]: expected strings that are not empty"),
