@@ -1,12 +1,16 @@
 """What tests share: a small data set in the official layout, small models, the real data where present."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Before transformers is imported: no test reaches for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.data.synthetic import WORDS, BlankExemplars, word_tokenizer

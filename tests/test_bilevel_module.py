@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from diopt_lightning import BilevelModule, ConfigurationError
 from diopt_lightning.bilevel import BilevelProblem, Neumann
+from diopt_lightning.callbacks import Results
 from tests.helpers import quiet_trainer
 
 
@@ -283,3 +284,15 @@ def test_two_processes_equal_one_with_the_double_batch():
     quiet_trainer(max_steps=6, devices=2, strategy="ddp_fork", callbacks=[EqualOnAllProcesses()]).fit(two, InTurn())
     torch.testing.assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=1e-10)
     assert not torch.equal(two.weights, torch.zeros_like(two.weights))
+
+
+def test_results_have_an_outer_loss_for_every_outer_step_alone(tmp_path):
+    quiet_trainer(max_steps=7, callbacks=[Results(table=False)], default_root_dir=tmp_path).fit(
+        HyperCleaning(inner_steps=3), loaders()
+    )
+    rows = [line.split(",") for line in (tmp_path / "losses.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "inner_loss", "outer_loss"]
+    assert [row[0] for row in rows[1:]] == [str(step) for step in range(1, 8)]
+    assert all(row[1] for row in rows[1:])
+    assert [row[0] for row in rows[1:] if row[2]] == ["3", "6"]
+    assert (tmp_path / "losses.png").stat().st_size > 5000

@@ -37,7 +37,8 @@ class Results(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the losses of the step."""
-        found = {name: trainer.callback_metrics[name].item() for name in LOSSES if name in trainer.callback_metrics}
+        # Not from the logged metrics: between two outer steps they repeat the last outer loss.
+        found = {name: outputs[name].item() for name in LOSSES if isinstance(outputs, dict) and name in outputs}
         self.losses.append((trainer.global_step, found))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -146,13 +146,18 @@ class BilevelModule(pl.LightningModule, ABC):
         outer = {id(parameter) for parameter in self.outer_parameters()}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in outer]
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Take an inner step, and an outer step where a round of ``inner_steps`` is complete."""
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take an inner step, and an outer step where a round of ``inner_steps`` is complete.
+
+        Returns:
+            The ``inner_loss`` and, after an outer step, the ``outer_loss``, for callbacks.
+        """
         inner_batch, outer_batch = self._levels(batch)
-        stepped = self._inner_step(inner_batch)
+        inner_loss, stepped = self._inner_step(inner_batch)
         self._pairs.append((inner_batch, outer_batch))
         if stepped and self.inner_steps_taken % self.inner_steps == 0:
-            self._outer_step()
+            return {"inner_loss": inner_loss, "outer_loss": self._outer_step()}
+        return {"inner_loss": inner_loss}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make both optimizers and their schedulers; the inner level comes first."""
@@ -205,26 +210,27 @@ class BilevelModule(pl.LightningModule, ABC):
             )
         return batch["inner"], batch["outer"]
 
-    def _inner_step(self, batch: Any) -> bool:
-        """Accumulate a gradient of the inner loss; return whether the optimizer took a step."""
+    def _inner_step(self, batch: Any) -> tuple[Tensor, bool]:
+        """Accumulate a gradient of the inner loss; return the loss and whether the optimizer took a step."""
         optimizer = self.optimizers()[0]  # type: ignore[index]
         with constants(self.outer_parameters()):
             loss = self.inner_loss(batch)
             self.manual_backward(loss / self.inner_accumulation)
-        self.log("inner_loss", loss.detach(), prog_bar=True)
+        loss = loss.detach()
+        self.log("inner_loss", loss, prog_bar=True)
         self.inner_batches_seen += 1
         if self.inner_batches_seen % self.inner_accumulation != 0:
-            return False
+            return loss, False
         norm = clip(self.inner_parameters(), self.inner_gradient_clip)
         self.log("inner_gradient_norm", norm)
         optimizer.step()
         optimizer.zero_grad()
         self._advance_scheduler("inner")
         self.inner_steps_taken += 1
-        return True
+        return loss, True
 
-    def _outer_step(self) -> None:
-        """Move the outer parameters along the hypergradient, averaged over the last pairs of batches."""
+    def _outer_step(self) -> Tensor:
+        """Move the outer parameters along the hypergradient of the last pairs of batches; return the outer loss."""
         # The plain optimizer: a step of Lightning's wrapper would count in `trainer.global_step`.
         optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
         parameters = list(self.outer_parameters())
@@ -240,10 +246,12 @@ class BilevelModule(pl.LightningModule, ABC):
         optimizer.zero_grad()
         self._advance_scheduler("outer")
         self.outer_steps_taken += 1
-        self.log("outer_loss", torch.stack([estimate.outer_loss for estimate in estimates]).mean(), prog_bar=True)
+        loss = torch.stack([estimate.outer_loss for estimate in estimates]).mean()
+        self.log("outer_loss", loss, prog_bar=True)
         self.log("hypergradient/norm", norm)
         for name in estimates[0].statistics:
             self.log(f"hypergradient/{name}", sum(e.statistics[name] for e in estimates) / len(estimates))
+        return loss
 
     def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
         """Estimate the hypergradient at the current parameters, with dropout off.

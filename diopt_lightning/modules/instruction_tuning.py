@@ -63,14 +63,14 @@ class InstructionTuning(InstructionEvaluation):
         self.scheduler = scheduler
         self.max_new_tokens = max_new_tokens
 
-    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of train tasks; an outer batch is left unused."""
         instruction = None
         if self.instruction is not None:
             instruction = self.instruction(batch["inner"], self.backbone.embedding)
         loss = self.backbone.loss(batch["inner"], instruction)
         self.log("inner_loss", loss.detach(), prog_bar=True)
-        return loss
+        return {"loss": loss, "inner_loss": loss.detach()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer with a group of parameters for the model and one for the instruction."""
