@@ -12,10 +12,10 @@ import torch
 # Before transformers is imported: no test reaches for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.data.synthetic import WORDS, BlankExemplars, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+ALL_THREADS = torch.get_num_threads()
 TINY_T5 = {
     "model_type": "t5",
     "d_model": 16,
@@ -34,10 +34,10 @@ def _run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _compute_on_one_thread() -> None:
-    """Models this small take longer on two threads than on one."""
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _compute_small_things_on_one_thread(request: pytest.FixtureRequest) -> None:
+    """The models of quick tests take longer on two threads than on one; slow tests run as a user's command does."""
+    torch.set_num_threads(ALL_THREADS if request.node.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture
@@ -46,12 +46,6 @@ def blank_exemplars(tmp_path: Path) -> BlankExemplars:
     return BlankExemplars(
         exemplars=3, train_tasks=4, validation_tasks=2, dev_tasks=2, test_tasks=2, instances=8, labels=4
     )
-
-
-@pytest.fixture
-def tiny_backbone() -> Callable[[], Seq2Seq]:
-    """Makes encoder-decoder models that take milliseconds."""
-    return lambda: RandomSeq2Seq(dict(TINY_T5))
 
 
 def task_document(name: str = "task001", **changes: Any) -> dict[str, Any]:

@@ -26,17 +26,24 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Validation, dev and test tasks are the same in all configurations, and tokenized once."""
+    return tmp_path_factory.mktemp("token_cache")
+
+
 def losses(folder: Path, name: str) -> list[float]:
     with (folder / "losses.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
 @pytest.mark.parametrize("config", ["extractor_dp", "embedder_dp", "definition"])
-def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, tmp_path):
+def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, token_cache, tmp_path):
     path = ROOT / "configs" / "super_natural_instructions" / f"{config}.yaml"
     arguments = [
         f"--data.root={real_data}",
         f"--data.tokenizer={t5_tokenizer}",
+        f"--data.cache_dir={token_cache}",
         "--model.backbone=diopt_lightning.backbones.RandomSeq2Seq",
         f"--model.backbone.config={json.dumps(SMALL_T5)}",
         "--model.max_new_tokens=16",
