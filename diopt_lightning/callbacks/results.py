@@ -101,7 +101,8 @@ class Results(pl.Callback):
             return
         folder = results_folder(trainer)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        details = {f"test/{name}": value for name, value in pl_module.scores["test"].items()}
+        scores = pl_module.scores["test"].items()
+        details = {f"test/{name}": value for name, value in scores if not name.endswith("/all")}
         write_json(folder / "metrics.json", {**metrics, **details})
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 

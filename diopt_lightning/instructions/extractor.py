@@ -141,6 +141,6 @@ class RandomExemplar(Extractor):
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return random exemplars of each instance's task."""
-        # Drawn on the CPU, whose random state Lightning seeds and checkpoints alike on every machine.
+        # Drawn on the CPU: the same exemplars for a seed on every machine.
         drawn = torch.rand(len(batch.task), self.candidates).topk(self.slots).indices.to(batch.task.device)
         return self.choose(batch.task, drawn, embed)
