@@ -34,14 +34,15 @@ def found(root: Path) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("candidates", [4, 8])
-def test_the_real_exemplar_is_found(tmp_path, seed, candidates):
+def test_the_real_exemplar_is_found(tmp_path, seed, candidates, capsys):
     learned, random = tmp_path / "learned", tmp_path / "random"
     size = [f"--data.tasks.exemplars={candidates}", f"--model.instruction.candidates={candidates}"]
     with_learned = run("demo.yaml", seed, learned, *size)
     with_random = run("demo_random_exemplars.yaml", seed, random, *size)
-    print(f"\nN={candidates} seed={seed}: found {found(learned):.3f}")
-    for name in ("test/loss", "test/exact_match"):
-        print(f"  {name}: learned {with_learned[name]:.3f}, random {with_random[name]:.3f}")
+    with capsys.disabled():  # the README's figures
+        print(f"\nN={candidates} seed={seed}: found {found(learned):.3f}", end="")
+        for name in ("test/loss", "test/exact_match"):
+            print(f"; {name}: learned {with_learned[name]:.3f}, random {with_random[name]:.3f}", end="")
     assert found(learned) >= 0.9
     assert with_learned["test/loss"] < 0.9 * with_random["test/loss"]
     assert with_learned["test/exact_match"] > with_random["test/exact_match"] + 5

@@ -38,7 +38,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("config", ["extractor_dp", "embedder_dp", "definition"])
-def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, token_cache, tmp_path):
+def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, token_cache, tmp_path, capsys):
     path = ROOT / "configs" / "super_natural_instructions" / f"{config}.yaml"
     arguments = [
         f"--data.root={real_data}",
