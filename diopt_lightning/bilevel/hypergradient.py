@@ -56,8 +56,8 @@ class HypergradientEstimator(ABC):
 
     .. math:: \frac{dL_{val}}{d\phi} = \frac{\partial L_{val}}{\partial\phi} - J^\top H^{-1} v_0 .
 
-    (Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation", AISTATS 2020,
-    equation 2.) The direct term is zero where the outer loss does not use :math:`\phi`, as in the paper's problem.
+    (Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation", AISTATS 2020.)
+    The direct term is zero where the outer loss does not use :math:`\phi`, as in the paper's problem.
 
     Nothing is left behind in the parameters: ``.grad`` is neither read nor written, and no random state is consumed.
 

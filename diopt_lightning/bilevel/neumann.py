@@ -9,12 +9,12 @@ from diopt_lightning.bilevel.spectrum import largest_eigenvalue
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
 from diopt_lightning.errors import ConfigurationError
 
-# A relative residual that is warned of. A short step along weak negative curvature ends a little above 1, and is
-# harmless. DIVERGED = 1.1
+# A relative residual that is warned of. A short step along weak negative curvature ends a little above 1, harmlessly.
+DIVERGED = 1.1
 
 
 class Neumann(HypergradientEstimator):
-    r"""Truncated Neumann series (Lorraine et al. 2020, equation 7; Isonuma et al. 2023, equation 6).
+    r"""Truncated Neumann series (Lorraine, Vicol and Duvenaud, AISTATS 2020; the solver of Isonuma et al. 2023).
 
     .. math:: H^{-1} v_0 \approx p = \gamma \sum_{m=0}^{M} (I - \gamma H)^m v_0
 
@@ -22,8 +22,8 @@ class Neumann(HypergradientEstimator):
     :math:`M + 1` products, and converges for :math:`0 < \gamma < 2 / \lambda_{max}` where :math:`H` is positive
     definite. A larger :math:`\gamma` does not fail: it flips the sign of the answer. A deep network's Hessian also has
     negative eigenvalues, along which every further term makes the answer worse. Both show in the residual, which comes
-    free with the last product: :math:`v_0 - H p = (I - \gamma H)^{M+1} v_0`. Where it is larger than :math:`v_0`
-    itself by a tenth, a :class:`~diopt_lightning.bilevel.ConvergenceWarning` says which of the two it is, and by how
+    free with the last product: :math:`v_0 - H p = (I - \gamma H)^{M+1} v_0`. Where it is more than a tenth larger than
+    :math:`v_0` itself, a :class:`~diopt_lightning.bilevel.ConvergenceWarning` says which of the two it is, and by how
     much.
 
     Args:
@@ -31,7 +31,7 @@ class Neumann(HypergradientEstimator):
         step_size: :math:`\gamma`, in units of one over the Hessian's. Default: 1 over an estimate of
             :math:`\lambda_{max}`, which converges even if the estimate is too low by nearly one half.
         power_iterations: Products spent on one estimate of :math:`\lambda_{max}`, where ``step_size`` is not given.
-            Default: 8, which is within a few percent on the networks tried.
+            Default: 8. The estimate is from below, and one that is too low by half is noticed and corrected.
         refresh_every: Hypergradients between two estimates of :math:`\lambda_{max}`. Default: 50, so that they cost
             less than one product in five.
         product: How to get products with second derivatives. Default:

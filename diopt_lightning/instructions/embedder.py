@@ -18,7 +18,7 @@ from diopt_lightning.instructions.initialization import Initialization, Normal
 class EmbedderDP(Instruction):
     r"""Instruction embedder, direct parameterization: a free matrix :math:`W_t \in R^{l \times d}` for each train task.
 
-    (Isonuma et al. 2023, section 3.2.)
+    (Isonuma et al. 2023.)
 
     Args:
         length: :math:`l`, the vectors of an instruction. Default: 64, about the length of a definition; the reference

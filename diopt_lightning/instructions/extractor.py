@@ -13,7 +13,7 @@ from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool, tokenize_candidates
 
-# Positions set aside for ` Positive Example 1 -`, which takes 4 to 7 tokens with the tokenizers tried.
+# Positions set aside for ` Positive Example 1 -`, which is 5 tokens in T5's vocabulary.
 HEADER_LENGTH = 8
 
 

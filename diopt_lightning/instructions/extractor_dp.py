@@ -18,7 +18,7 @@ from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
 class ExtractorDP(Extractor):
     r"""Instruction extractor, direct parameterization: free logits :math:`V_t \in R^{k \times N}` for each train task.
 
-    (Isonuma et al. 2023, section 3.3.) The logits start at zero, as in the reference implementation: every candidate is
+    (Isonuma et al. 2023.) The logits start at zero, as in the reference implementation: every candidate is
     as likely as any other.
 
     Args:

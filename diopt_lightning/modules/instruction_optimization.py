@@ -16,7 +16,7 @@ from diopt_lightning.modules.evaluation import InstructionEvaluation
 
 
 class InstructionOptimization(BilevelModule, InstructionEvaluation):
-    r"""Differentiable instruction optimization (Isonuma et al., Findings of ACL 2023, equations 1 and 2).
+    r"""Differentiable instruction optimization (Isonuma et al., Findings of ACL 2023).
 
     .. math:: \min_\phi L_{val}(\theta^*(\phi)) \quad \text{with} \quad
               \theta^*(\phi) = \arg\min_\theta L_{train}(\theta, \phi)
