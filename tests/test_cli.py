@@ -89,11 +89,11 @@ def check_help(text: str, prefix: str) -> None:
         assert sum(word.strip(".,").isalpha() for word in words.split()[1:]) >= 3, (name, said)
 
 
-def small_run(root: Path) -> list[str]:
+def small_run(root: Path, config: str = "demo.yaml") -> list[str]:
     """Arguments that make the demo small."""
     return [
         "--config",
-        str(ROOT / "configs" / "demo.yaml"),
+        str(ROOT / "configs" / config),
         f"--data.root={root / 'data'}",
         "--data.tasks={exemplars: 3, train_tasks: 4, validation_tasks: 2, dev_tasks: 2, test_tasks: 2, instances: 8,"
         " labels: 4}",
@@ -130,6 +130,17 @@ def test_a_small_demo_leaves_its_results(tmp_path, capfd):
     assert len(predictions) == 16
     assert {"id", "prediction", "references"} <= predictions[0].keys()
     assert f"Results are in {folder}" in capfd.readouterr().out
+
+
+def test_a_small_baseline_leaves_the_same_results(tmp_path):
+    assert main(["fit", *small_run(tmp_path, "demo_random_exemplars.yaml")]) == 0
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    header, *rows = (folder / "losses.csv").read_text().splitlines()
+    assert header == "step,inner_loss,outer_loss"
+    assert len(rows) == 16
+    assert all(row.endswith(",") for row in rows)  # there is no outer level
+    assert "test/exact_match" in json.loads((folder / "metrics.json").read_text())
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")

@@ -43,9 +43,9 @@ class Results(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write losses and instructions."""
+        folder = results_folder(trainer)
         if not trainer.is_global_zero or not self.losses:
             return
-        folder = results_folder(trainer)
         lines = ["step," + ",".join(LOSSES)]
         for step, found in self.losses:
             lines.append(f"{step}," + ",".join(str(found.get(name, "")) for name in LOSSES))
@@ -92,25 +92,25 @@ class Results(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write predictions."""
-        self._write_predictions(trainer)
+        self._write_predictions(trainer, results_folder(trainer))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write metrics and predictions."""
-        number = self._write_predictions(trainer)
+        folder = results_folder(trainer)
+        number = self._write_predictions(trainer, folder)
         if not trainer.is_global_zero or not isinstance(pl_module, InstructionEvaluation):
             return
-        folder = results_folder(trainer)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         scores = pl_module.scores["test"].items()
         details = {f"test/{name}": value for name, value in scores if not name.endswith("/all")}
         write_json(folder / "metrics.json", {**metrics, **details})
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
-    def _write_predictions(self, trainer: pl.Trainer) -> int:
+    def _write_predictions(self, trainer: pl.Trainer, folder: Path) -> int:
         """Write the predictions of all processes as JSON lines, and return how many there are."""
         predictions, self._predictions = gather(self._predictions), []
         if trainer.is_global_zero and predictions:
-            with (results_folder(trainer) / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
                     file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
         return len(predictions)
@@ -137,8 +137,8 @@ class Results(pl.Callback):
 
 
 def results_folder(trainer: pl.Trainer) -> Path:
-    """The folder of the run's logger, or its root where it has none."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of the run's logger, or its root where it has none; all processes must ask for it together."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` waits for the first process to say which
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

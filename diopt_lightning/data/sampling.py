@@ -96,7 +96,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
 
 
 class EvaluationSampler(DistributedSampler[list[Draw]]):
-    """Every row once, longest first; processes share the batches without repeating any.
+    """Every row once, longest first; rows are dealt to the processes in turn, without repeating any.
 
     Args:
         lengths: Length of each row.
@@ -110,8 +110,8 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
         if batch_size < 1:
             raise ConfigurationError(f"`evaluation_batch_size` must be 1 or more, got {batch_size}.")
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-        self.batches = [[(index, 0) for index in batch] for batch in batches[rank::num_replicas]]
+        mine = [(index, 0) for index in order[rank::num_replicas]]
+        self.batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return iter(self.batches)

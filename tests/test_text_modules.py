@@ -1,0 +1,173 @@
+"""The paper's module and the baselines on small tasks, on one process and on two."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
+from diopt_lightning.backbones import RandomSeq2Seq
+from diopt_lightning.bilevel import Neumann
+from diopt_lightning.callbacks import Results
+from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule, PromptFormat
+from diopt_lightning.instructions import (
+    CandidatePool,
+    Definition,
+    EmbedderDP,
+    ExpectedLoss,
+    ExtractorDP,
+    Instruction,
+    RandomExemplar,
+    Soft,
+    StraightThrough,
+)
+from tests.conftest import TINY_T5
+from tests.helpers import quiet_trainer
+
+POOL = CandidatePool(instances=False)
+LEARNABLE = {
+    "embedder": lambda: EmbedderDP(length=3),
+    "embedder_definition": lambda: EmbedderDP(length=3, init=Definition()),
+    "straight_through": lambda: ExtractorDP(2, 3, 32, POOL, StraightThrough()),
+    "soft": lambda: ExtractorDP(1, 3, 32, POOL, Soft()),
+    "expected_loss": lambda: ExtractorDP(1, 3, 32, POOL, ExpectedLoss()),
+    "instances_too": lambda: ExtractorDP(1, 8, 32),
+}
+
+
+def data(experiment: BlankExemplars, root: Path, **options: Any) -> BlankExemplarsDataModule:
+    return BlankExemplarsDataModule(str(root), experiment, **({"batch_size": 4, "outer_batch_size": 4} | options))
+
+
+def optimization(instruction: Instruction) -> InstructionOptimization:
+    return InstructionOptimization(
+        RandomSeq2Seq(dict(TINY_T5)),
+        instruction,
+        hypergradient=Neumann(terms=1, step_size=1e-3),
+        inner_steps=2,
+        inner_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        max_new_tokens=3,
+    )
+
+
+def moved(module: pl.LightningModule, experiment: BlankExemplars, root: Path, steps: int = 4) -> dict[str, float]:
+    """Train a little; return how far each part of the module has moved."""
+    before: dict[str, torch.Tensor] = {}
+
+    class Remember(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            before.update({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    quiet_trainer(max_steps=steps, limit_val_batches=0, callbacks=[Remember()]).fit(module, data(experiment, root))
+    distances = {name: (value - before[name]).norm().item() for name, value in module.named_parameters()}
+    return {part: sum(d for n, d in distances.items() if n.startswith(part)) for part in ("backbone", "instruction")}
+
+
+@pytest.mark.parametrize("form", LEARNABLE)
+def test_both_levels_learn(form, blank_exemplars, tmp_path):
+    distances = moved(optimization(LEARNABLE[form]()), blank_exemplars, tmp_path)
+    assert distances["backbone"] > 0
+    assert distances["instruction"] > 0
+
+
+@pytest.mark.parametrize("form", [*LEARNABLE, "none", "random"])
+def test_baselines_learn_what_they_have(form, blank_exemplars, tmp_path):
+    made = {"none": lambda: None, "random": lambda: RandomExemplar(1, 3, 32, POOL)} | LEARNABLE
+    module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), made[form](), max_new_tokens=3)
+    distances = moved(module, blank_exemplars, tmp_path)
+    assert distances["backbone"] > 0
+    assert (distances["instruction"] > 0) == (form in LEARNABLE)
+
+
+def test_the_instruction_of_a_baseline_has_a_learning_rate_of_its_own(blank_exemplars, tmp_path):
+    module = InstructionTuning(
+        RandomSeq2Seq(dict(TINY_T5)),
+        EmbedderDP(length=2),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        instruction_lr=0.5,
+    )
+    distances = moved(module, blank_exemplars, tmp_path)
+    assert distances["backbone"] == 0
+    assert distances["instruction"] > 0
+
+
+def test_dev_and_test_tasks_are_evaluated_with_human_written_instructions(blank_exemplars, tmp_path):
+    module, tasks = optimization(EmbedderDP(length=2)), data(blank_exemplars, tmp_path)
+    trainer = quiet_trainer(max_steps=8, callbacks=[Results(table=False)], default_root_dir=tmp_path)
+    trainer.fit(module, tasks)
+    assert {"dev/loss", "dev/rougeL", "dev/exact_match"} <= trainer.callback_metrics.keys()
+    trainer.test(module, tasks, verbose=False)
+    losses, tokens = 0.0, 0
+    with torch.no_grad():  # the mean over all tokens, and nothing of what was learned about instructions
+        for batch in tasks.test_dataloader():
+            number = int((batch.labels != -100).sum())
+            losses += module.backbone.loss(batch).item() * number
+            tokens += number
+    assert trainer.callback_metrics["test/loss"].item() == pytest.approx(losses / tokens, rel=1e-5)
+    written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    ids = sorted(row["id"] for row in written)
+    assert ids == sorted(instance.id for task in tasks.split_tasks("test") for instance in task.instances)
+    (tmp_path / "predictions.jsonl").unlink()
+    trainer.predict(module, tasks)
+    again = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert again == written
+
+
+class KeepWeights(pl.Callback):
+    """Writes the trained weights from within the process that trained them."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / "weights.pt")
+
+
+def test_two_processes_train_alike_and_gather_predictions_once(blank_exemplars, tmp_path):
+    results = {}
+    for devices, strategy, batch_size in ((1, "auto", 8), (2, "ddp_fork", 4)):
+        torch.manual_seed(0)
+        root = tmp_path / str(devices)
+        module, tasks = optimization(EmbedderDP(length=2)), data(blank_exemplars, root, batch_size=batch_size)
+        tasks.outer_batch_size = batch_size
+        trainer = quiet_trainer(
+            max_steps=4,
+            devices=devices,
+            strategy=strategy,
+            limit_val_batches=0,
+            callbacks=[Results(table=False), KeepWeights()],
+            default_root_dir=root,
+        )
+        trainer.fit(module, tasks)
+        trainer.test(module, tasks, verbose=False)
+        lines = (root / "predictions.jsonl").read_text().splitlines()
+        results[devices] = (torch.load(root / "weights.pt"), [json.loads(line)["id"] for line in lines])
+    assert results[1][1] == results[2][1]
+    assert len(results[2][1]) == 16
+    # Targets have equal lengths here, so the mean over processes is the mean over the global batch.
+    for name, value in results[1][0].items():
+        torch.testing.assert_close(results[2][0][name], value, rtol=0, atol=1e-5)
+
+
+def test_no_validation_tasks_are_refused(blank_exemplars, tmp_path):
+    tasks = data(blank_exemplars, tmp_path)
+    blank_exemplars.write(tmp_path)
+    (tmp_path / "splits" / "default" / "validation_tasks.txt").unlink()
+    tasks.validation_tasks, tasks.prepare_data = 0, lambda: super(BlankExemplarsDataModule, tasks).prepare_data()
+    with pytest.raises(ConfigurationError, match=r"no validation tasks.*set `data.validation_tasks` above 0"):
+        quiet_trainer(max_steps=1).fit(optimization(EmbedderDP(length=2)), tasks)
+
+
+def test_another_data_module_is_refused():
+    with pytest.raises(ConfigurationError, match="needs a NaturalInstructionsDataModule"):
+        quiet_trainer(max_steps=1).fit(optimization(EmbedderDP(length=2)), pl.LightningDataModule())
+
+
+def test_a_prompt_may_hold_the_definition_beside_what_is_learned(blank_exemplars, tmp_path):
+    tasks = data(blank_exemplars, tmp_path)
+    tasks.prompts["train"] = PromptFormat(positive_examples=0)
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(optimization(EmbedderDP(length=2)), tasks)
+    text = tasks.tokenizer.decode(next(iter(tasks.train_dataloader()["inner"])).input_ids[0])
+    assert text.startswith("definition : answer with the word that belongs to this task . now complete")
