@@ -52,6 +52,19 @@ def test_every_shipped_configuration_is_valid(path):
     assert config.fit.model.class_path == written["model"]["class_path"]
 
 
+def test_an_optimizer_keeps_nothing_of_the_default_one():
+    plain = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    del plain["model"]["init_args"]["inner_optimizer"]["init_args"]["weight_decay"]
+    Path("plain.yaml").write_text(yaml.safe_dump(plain))
+    config = parse("fit", "--config", "plain.yaml", "--model.inner_optimizer.lr=0.3")
+    optimizer = config.fit.model.init_args.inner_optimizer
+    assert (optimizer.class_path, optimizer.init_args.lr, optimizer.init_args.weight_decay) == (
+        "torch.optim.Adam",
+        0.3,
+        0,
+    )
+
+
 def help_of(*arguments: str) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:

@@ -58,15 +58,19 @@ def test_the_engine_imports_pytorch_alone():
     assert output.strip() == "[]"
 
 
-def test_instructions_backbones_and_modules_do_without_the_cli_and_the_cache():
-    # A finder that refuses them stands for a machine where they are not installed.
+def test_instructions_backbones_and_modules_do_without_the_cache_and_the_parser():
+    # A finder that refuses `datasets` stands for a machine without it. Lightning imports jsonargparse by itself where it
+    # is installed, so that one is looked for in our own files.
     code = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("datasets", "jsonargparse"):
+        if name.split(".")[0] == "datasets":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import diopt_lightning.instructions, diopt_lightning.backbones, diopt_lightning.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    sources = [path for path in (ROOT / "diopt_lightning").rglob("*.py") if path.name != "cli.py"]
+    assert len(sources) > 30
+    assert not [path for path in sources if "jsonargparse" in path.read_text(encoding="utf-8")]

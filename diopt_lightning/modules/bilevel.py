@@ -87,8 +87,8 @@ class BilevelModule(pl.LightningModule, ABC):
         self,
         hypergradient: HypergradientEstimator | None = None,
         inner_steps: int = 1,
-        inner_optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
-        outer_optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        inner_optimizer: OptimizerCallable | None = None,
+        outer_optimizer: OptimizerCallable | None = None,
         inner_scheduler: LRSchedulerCallable | None = None,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_gradient_clip: float | None = 1.0,
@@ -117,8 +117,10 @@ class BilevelModule(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self.hypergradient = hypergradient if hypergradient is not None else Neumann()
         self.inner_steps = inner_steps
-        self.inner_optimizer = inner_optimizer
-        self.outer_optimizer = outer_optimizer
+        # Not defaults in the signature: from there the parser would carry AdamW's weight decay over to an Adam that a
+        # configuration names instead.
+        self.inner_optimizer = inner_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
+        self.outer_optimizer = outer_optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
         self.inner_scheduler = inner_scheduler
         self.outer_scheduler = outer_scheduler
         self.inner_gradient_clip = inner_gradient_clip

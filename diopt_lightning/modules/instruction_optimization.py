@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -61,8 +60,8 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         instruction: Instruction,
         hypergradient: HypergradientEstimator | None = None,
         inner_steps: int = 1,
-        inner_optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
-        outer_optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        inner_optimizer: OptimizerCallable | None = None,
+        outer_optimizer: OptimizerCallable | None = None,
         inner_scheduler: LRSchedulerCallable | None = None,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_gradient_clip: float | None = 1.0,

@@ -46,7 +46,7 @@ class InstructionTuning(InstructionEvaluation):
         self,
         backbone: Backbone,
         instruction: Instruction | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        optimizer: OptimizerCallable | None = None,
         instruction_lr: float = 1e-2,
         scheduler: LRSchedulerCallable | None = None,
         max_new_tokens: int = 128,
@@ -58,7 +58,8 @@ class InstructionTuning(InstructionEvaluation):
             raise ConfigurationError(f"`max_new_tokens` must be 1 or more, got {max_new_tokens}.")
         self.backbone = backbone
         self.instruction = instruction
-        self.optimizer = optimizer
+        # Not a default in the signature, for the reason given in BilevelModule.
+        self.optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
         self.max_new_tokens = max_new_tokens
