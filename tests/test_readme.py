@@ -59,8 +59,8 @@ def test_the_engine_imports_pytorch_alone():
 
 
 def test_instructions_backbones_and_modules_do_without_the_cache_and_the_parser():
-    # Refusing `datasets` stands for a machine without it. Lightning imports jsonargparse where that is installed, so it is
-    # looked for in our own files.
+    # Refusing `datasets` stands for a machine without it. Lightning imports jsonargparse where that is installed, so
+    # it is looked for in our own files.
     code = """
 import sys
 class Refuse:
