@@ -37,8 +37,8 @@ def found(root: Path) -> float:
     "candidates",
     [
         4,
-        # Wanted, and not reached on every seed: 0.875 on seed 0 after 300 steps (1.0 after 100, then some tasks turn away
-        # again), 1.0 on seed 1 with an outer learning rate of 0.1. It runs and prints its figures without being a gate.
+        # Wanted, and not reached on every seed: 0.875 on seed 0 after 300 steps (1.0 after 100, then some tasks turn
+        # away again). It runs and prints its figures without being a gate.
         pytest.param(8, marks=pytest.mark.xfail(reason="fewer than 90% found among 8 on some seeds", strict=False)),
     ],
 )
