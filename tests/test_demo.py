@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_compute_small_things_on_one_thread: None) -> None:
+    """The order of sums depends on the number of threads, and so do the figures of a run."""
+    torch.set_num_threads(1)
+
+
 def run(config: str, seed: int, root: Path, *arguments: str) -> dict[str, float]:
     """Run a shipped configuration with a seed for everything and return its test metrics."""
     seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--data.tasks.seed={seed}"]
