@@ -38,6 +38,9 @@ def found(root: Path) -> float:
     return sum(real) / len(real)
 
 
+# Among 8 candidates a batch in 300 can be more curved than the demo's fixed step size converges on. The run says so and
+# goes on, as it does for a user; everywhere else in the tests this warning is an error.
+@pytest.mark.filterwarnings("default::diopt_lightning.bilevel.ConvergenceWarning")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("candidates", [4, 8])
 def test_the_real_exemplar_is_found(tmp_path, seed, candidates, capsys):
