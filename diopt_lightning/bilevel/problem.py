@@ -3,9 +3,46 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from diopt_lightning.bilevel.vectors import Average, identity
+
+Loss = Callable[[], Tensor]
+"""Computes a scalar at the current values of the parameters."""
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    r"""A loss over a batch that is computed in parts, so that the graph of one part at a time is in memory.
+
+    .. math:: L = \sum_i w_i L_i \Big/ \sum_i w_i
+
+    Args:
+        losses: :math:`L_i`, one for each part.
+        weights: :math:`w_i`, for means over parts of different size the number of what each is a mean over (e.g. of
+            target tokens). Default: all equal.
+
+    Raises:
+        ValueError: If there is no part, or a weight is missing or not positive.
+    """
+
+    losses: Sequence[Loss]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.losses:
+            raise ValueError("`losses` of MicroBatches is empty: a loss needs at least one part.")
+        if self.weights is not None and len(self.weights) != len(self.losses):
+            raise ValueError(f"MicroBatches has {len(self.losses)} losses and {len(self.weights)} weights.")
+        if self.weights is not None and not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"The weights of MicroBatches must be positive, got {list(self.weights)}.")
+
+    def parts(self) -> list[tuple[Loss, float]]:
+        """Each part's loss and its weight; the weights sum to one."""
+        weights = [float(weight) for weight in self.weights or [1.0] * len(self.losses)]
+        return [(loss, weight / sum(weights)) for loss, weight in zip(self.losses, weights, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -16,14 +53,18 @@ class BilevelProblem:
               \theta^*(\phi) = \arg\min_\theta L_{train}(\theta, \phi)
 
     Args:
-        inner_loss: Computes the scalar :math:`L_{train}(\theta, \phi)`. Called once for each hypergradient, so the
-            mini-batch (and the dropout mask, if there is one) is the same in all products.
-        outer_loss: Computes the scalar :math:`L_{val}(\theta, \phi)`.
+        inner_loss: Computes the scalar :math:`L_{train}(\theta, \phi)`, at once or in :class:`MicroBatches`. It may be
+            called several times for one hypergradient, each time from the same random state, so that a dropout mask is
+            the same in all products.
+        outer_loss: Computes the scalar :math:`L_{val}(\theta, \phi)`, at once or in micro-batches.
         inner_parameters: :math:`\theta`. A tensor that is listed twice (tied weights) counts once.
         outer_parameters: :math:`\phi`.
         average: Averages a vector over processes, so that all of them solve the system of the global batch. The
             default is the identity, which is right on one process;
             :func:`~diopt_lightning.bilevel.distributed.average_over_processes` is right on several.
+        inner_optimizer: The optimizer of :math:`\theta`, for estimators that differentiate its steps.
+        inner_gradient_clip: The largest norm of a gradient that this optimizer is given, for the same estimators.
+            Default: no limit.
 
     Raises:
         ValueError: If a group is empty, a parameter does not require a gradient, or one stands in both groups.
@@ -41,11 +82,13 @@ class BilevelProblem:
         1
     """
 
-    inner_loss: Callable[[], Tensor]
-    outer_loss: Callable[[], Tensor]
+    inner_loss: Loss | MicroBatches
+    outer_loss: Loss | MicroBatches
     inner_parameters: Sequence[Tensor]
     outer_parameters: Sequence[Tensor]
     average: Average = field(default=identity)
+    inner_optimizer: Optimizer | None = None
+    inner_gradient_clip: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("inner_parameters", "outer_parameters"):
@@ -66,3 +109,59 @@ class BilevelProblem:
                 f"{len(shared)} parameter(s) of shape {shared} are both inner and outer: a parameter belongs to one "
                 "level. Remove them from `inner_parameters` or from `outer_parameters`."
             )
+
+    def inner_parts(self) -> list[tuple[Loss, float]]:
+        """The parts of the inner loss and their weights, which sum to one; a single part where it is not split."""
+        return parts(self.inner_loss)
+
+    def outer_parts(self) -> list[tuple[Loss, float]]:
+        """The same of the outer loss."""
+        return parts(self.outer_loss)
+
+
+def parts(loss: Loss | MicroBatches) -> list[tuple[Loss, float]]:
+    """Return the parts of a loss, each of which leaves the random state as it was, and their weights."""
+    split = loss.parts() if isinstance(loss, MicroBatches) else [(loss, 1.0)]
+    return [(replayed(part), weight) for part, weight in split]
+
+
+def replayed(loss: Loss) -> Loss:
+    """Make a loss start from the same random state in every call and consume none of it."""
+
+    def evaluate() -> Tensor:
+        # Devices that were never used are not initialized for this.
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if used else []
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            return loss()
+
+    return evaluate
+
+
+def scalar(loss: Tensor, name: str) -> Tensor:
+    """Return ``loss`` as a zero-dimensional tensor.
+
+    Raises:
+        ValueError: If it is no tensor of one element.
+    """
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"`{name}` returned {type(loss).__name__}, expected a scalar tensor.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`{name}` returned a tensor of shape {tuple(loss.shape)}: reduce it to a scalar (mean or sum)."
+        )
+    return loss.reshape(())
+
+
+def differentiable(loss: Tensor, name: str) -> Tensor:
+    """Return ``loss`` if it has a graph to differentiate.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"`{name}` returned a tensor without a gradient graph: it was computed under `no_grad` or "
+            "`inference_mode`, was detached, or depends on no parameter."
+        )
+    return loss

@@ -1,25 +1,65 @@
-"""How to differentiate: the products of the inner loss's second derivatives with a vector."""
+"""How to differentiate: what a product of the inner loss's second derivatives with a vector is."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diopt_lightning.bilevel.problem import BilevelProblem
-from diopt_lightning.bilevel.vectors import Vector, as_vector
+from diopt_lightning.bilevel.problem import BilevelProblem, differentiable, scalar
+from diopt_lightning.bilevel.vectors import Vector, add, as_vector
+from diopt_lightning.errors import ConfigurationError
 
 
 class Linearization(ABC):
     r"""The second derivatives of the inner loss at one point, as products with a vector.
 
+    The inner loss may come in micro-batches, :math:`L = \sum_i w_i L_i`; products are sums over them, and averages
+    over processes.
+
+    Args:
+        problem: The problem to linearize.
+        fraction: Share of the micro-batches, from the first, that :math:`H` is computed on. :math:`J` is always
+            computed on all of them.
+
     Attributes:
-        inner_loss: The value of the inner loss at this point, a detached scalar.
+        problem: The problem.
+        statistics: What the product found out about itself, by name.
     """
 
-    inner_loss: Tensor
+    def __init__(self, problem: BilevelProblem, fraction: float = 1.0) -> None:
+        self.problem = problem
+        self.statistics: dict[str, float] = {}
+        self.parts = problem.inner_parts()
+        used = math.ceil(fraction * len(self.parts))
+        share = sum(weight for _, weight in self.parts[:used])
+        self.curvature_weights = [weight / share for _, weight in self.parts[:used]]
+        self._values: dict[int, Tensor] = {}
+
+    @property
+    def inner_loss(self) -> Tensor:
+        """The value of the inner loss, a detached scalar."""
+        for index in range(len(self.parts)):
+            if index not in self._values:
+                self.evaluate(index)
+        return torch.stack([weight * self._values[i] for i, (_, weight) in enumerate(self.parts)]).sum()
+
+    def evaluate(self, index: int) -> Tensor:
+        """Compute the loss of a micro-batch, with its graph, and remember its value."""
+        loss = differentiable(scalar(self.parts[index][0](), "inner_loss"), "inner_loss")
+        self._values[index] = loss.detach()
+        return loss
+
+    def gradient(self) -> Vector:
+        r"""Return :math:`\nabla_\theta L_{train}`."""
+        parameters = self.problem.inner_parameters
+        total = zeros(parameters)
+        for index, (_, weight) in enumerate(self.parts):
+            gradient = torch.autograd.grad(self.evaluate(index), parameters, allow_unused=True)
+            total = add(total, as_vector(gradient, parameters), weight)
+        return self.problem.average(total)
 
     @abstractmethod
     def hessian(self, v: Vector) -> Vector:
@@ -29,97 +69,118 @@ class Linearization(ABC):
     def both(self, v: Vector) -> tuple[Vector, Vector]:
         r"""Return :math:`(H v, J^\top v)` with :math:`J = \partial^2 L_{train} / \partial\phi\,\partial\theta`."""
 
+    def free(self) -> None:  # noqa: B027  (some hold nothing)
+        """Let go of what the products needed."""
 
-class Product(ABC):
-    """A way to get products with second derivatives; an estimator of hypergradients is given one of these."""
+
+class ExactLinearization(Linearization):
+    """Sums exact derivatives over micro-batches and processes; subclasses differentiate one micro-batch."""
 
     @abstractmethod
-    def linearize(self, problem: BilevelProblem) -> AbstractContextManager[Linearization]:
-        """Evaluate the inner loss and hold what its products need for as long as the context is open."""
+    def derivatives(self, index: int, v: Vector, parameters: Sequence[Tensor]) -> Vector:
+        r"""Return :math:`\nabla \langle \nabla_\theta L_i, v \rangle` with respect to ``parameters``."""
+
+    def hessian(self, v: Vector) -> Vector:
+        """Return ``H v``; see :class:`Linearization`."""
+        parameters = self.problem.inner_parameters
+        total = zeros(parameters)
+        for index, weight in enumerate(self.curvature_weights):
+            total = add(total, self.derivatives(index, v, parameters), weight)
+        return self.problem.average(total)
+
+    def mixed(self, v: Vector) -> Vector:
+        r"""Return :math:`J^\top v` alone."""
+        parameters = self.problem.outer_parameters
+        total = zeros(parameters)
+        for index, (_, weight) in enumerate(self.parts):
+            total = add(total, self.derivatives(index, v, parameters), weight)
+        return self.problem.average(total)
+
+    def both(self, v: Vector) -> tuple[Vector, Vector]:
+        """Return ``(H v, J^T v)`` from one pass over each micro-batch; see :class:`Linearization`."""
+        inner, outer = self.problem.inner_parameters, self.problem.outer_parameters
+        curvature, mixed = zeros(inner), zeros(outer)
+        for index, (_, weight) in enumerate(self.parts):
+            if index < len(self.curvature_weights):
+                products = self.derivatives(index, v, [*inner, *outer])
+                curvature = add(curvature, products[: len(inner)], self.curvature_weights[index])
+                mixed = add(mixed, products[len(inner) :], weight)
+            else:
+                mixed = add(mixed, self.derivatives(index, v, outer), weight)
+        averaged = self.problem.average([*curvature, *mixed])
+        return averaged[: len(inner)], averaged[len(inner) :]
 
 
-class DoubleBackward(Product):
-    r"""Exact products by differentiating the gradient again.
+class Product(ABC):
+    """A way to get products with second derivatives; an estimator of hypergradients is given one of these.
 
-    .. math:: (H v, J^\top v) = \nabla_{(\theta, \phi)} \langle \nabla_\theta L_{train}, v \rangle
+    Args:
+        fraction: Share of the inner loss's micro-batches that the Hessian is computed on: a stochastic, cheaper system.
+            The mixed derivative is always computed on all of them. Default: 1, all.
 
-    One graph of the gradient is built, serves all products and is freed when the context closes. It costs about 1.2
-    gradients to build and 1.8 for each product, and holds about three times the activations of a plain backward.
-    Attention runs in PyTorch's math kernel meanwhile, because the fused kernels have no second derivative; what runs
-    outside of the context keeps its kernel.
-
-    Example:
-        >>> theta, phi = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-        >>> problem = BilevelProblem(lambda: (phi * theta**2).sum(), lambda: theta.sum(), [theta], [phi])
-        >>> with DoubleBackward().linearize(problem) as linearization:
-        ...     linearization.both([torch.tensor([3.0])])
-        ([tensor([6.])], [tensor([6.])])
+    Raises:
+        ConfigurationError: If ``fraction`` is not above 0 and up to 1.
     """
+
+    def __init__(self, fraction: float = 1.0) -> None:
+        if not 0 < fraction <= 1:
+            raise ConfigurationError(f"`fraction` must be above 0 and at most 1, got {fraction}.")
+        self.fraction = fraction
 
     @contextmanager
     def linearize(self, problem: BilevelProblem) -> Iterator[Linearization]:
-        """Build the graph of the inner gradient; see :class:`Product`.
+        """Hold what products at the current point need, for as long as the context is open.
 
         Raises:
+            ConfigurationError: If the problem cannot be differentiated in this way; the message names what can.
             ValueError: If the inner loss is no scalar or depends on none of the inner parameters.
         """
-        linearization = _GradientGraph(problem)
-        try:
-            yield linearization
-        finally:
-            linearization.free()
+        with self.guard():
+            linearization = self.at(problem)
+            try:
+                yield linearization
+            finally:
+                linearization.free()
+
+    @abstractmethod
+    def at(self, problem: BilevelProblem) -> Linearization:
+        """Return the linearization of ``problem`` at the current point."""
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Explain errors of PyTorch that mean that a model cannot be differentiated twice."""
+        return explained(type(self).__name__)
 
 
-class _GradientGraph(Linearization):
-    def __init__(self, problem: BilevelProblem) -> None:
-        self._problem = problem
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = scalar(problem.inner_loss(), "inner_loss")
-            gradient = torch.autograd.grad(loss, problem.inner_parameters, create_graph=True, allow_unused=True)
-        if all(entry is None for entry in gradient):
-            raise ValueError("`inner_loss` depends on none of the `inner_parameters`: there is nothing to optimize.")
-        self.inner_loss = loss.detach()
-        # An entry without a graph (its loss is linear in it, or does not reach it) has only zero second derivatives.
-        self._gradient = [entry if entry is not None and entry.requires_grad else None for entry in gradient]
-
-    def hessian(self, v: Vector) -> Vector:
-        return self._products(v, self._problem.inner_parameters)
-
-    def both(self, v: Vector) -> tuple[Vector, Vector]:
-        inner = self._problem.inner_parameters
-        products = self._products(v, [*inner, *self._problem.outer_parameters])
-        return products[: len(inner)], products[len(inner) :]
-
-    def _products(self, v: Vector, parameters: Sequence[Tensor]) -> Vector:
-        """Differentiate ``<gradient, v>`` with respect to ``parameters``."""
-        entries = [(g, entry.to(g.dtype)) for g, entry in zip(self._gradient, v, strict=True) if g is not None]
-        products: tuple[Tensor | None, ...] = (None,) * len(parameters)
-        if entries:
-            outputs, directions = zip(*entries, strict=True)
-            # Checkpointed layers run their forward pass again in here.
-            with sdpa_kernel(SDPBackend.MATH):
-                products = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
-        return self._problem.average(as_vector(products, parameters))
-
-    def free(self) -> None:
-        self._gradient = []
+# What PyTorch says where a second derivative does not exist, and what it means.
+CAUSES = {
+    "aot_autograd does not currently support double backward": "a module is compiled by `torch.compile`",
+    "torch.compile": "a module is compiled by `torch.compile`",
+    "scaled_dot_product": "attention runs in a fused kernel that has no second derivative",
+    "flash_attn": "attention runs in a fused kernel that has no second derivative",
+    "once_differentiable": "an operation of the model is marked as differentiable only once",
+    "Checkpointing is not compatible": "activations are checkpointed in the reentrant way",
+    "forward AD": "an operation of the model has no forward derivative",
+    "jvp": "an operation of the model has no forward derivative",
+    "is not implemented": "an operation of the model has no second derivative",
+}
 
 
-def scalar(loss: Tensor, name: str) -> Tensor:
-    """Return ``loss`` as a zero-dimensional tensor.
+@contextmanager
+def explained(product: str) -> Iterator[None]:
+    """Turn PyTorch's errors about missing second derivatives into one that names the cause and what works."""
+    try:
+        yield
+    except RuntimeError as error:  # includes NotImplementedError
+        cause = next((cause for words, cause in CAUSES.items() if words in str(error)), None)
+        if cause is None:
+            raise
+        raise ConfigurationError(
+            f"{product} needs second derivatives, and {cause} ({str(error).strip().splitlines()[0]}). Use "
+            "`FiniteDifference` as the `product`, which needs first derivatives only, or the model's plain form: "
+            "uncompiled, with PyTorch's own attention (`sdpa` or `eager`), and checkpointed with `use_reentrant=False`."
+        ) from error
 
-    Raises:
-        ValueError: If it is no tensor of one element with a gradient graph.
-    """
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"`{name}` returned {type(loss).__name__}, expected a scalar tensor.")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"`{name}` returned a tensor of shape {tuple(loss.shape)}: reduce it to a scalar (mean or sum)."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"`{name}` returned a tensor without a gradient graph: it was computed under `no_grad` or "
-            "`inference_mode`, was detached, or depends on no parameter."
-        )
-    return loss.reshape(())
+
+def zeros(parameters: Sequence[Tensor]) -> Vector:
+    """The zero vector in the shapes of ``parameters``."""
+    return as_vector([None] * len(parameters), parameters)
