@@ -12,7 +12,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from diopt_lightning import BilevelModule, ConfigurationError
-from diopt_lightning.bilevel import BilevelProblem, Neumann
+from diopt_lightning.bilevel import (
+    SAMA,
+    BilevelProblem,
+    Chebyshev,
+    ConjugateGradient,
+    ConvergenceWarning,
+    DoubleBackward,
+    FiniteDifference,
+    Hypergradient,
+    HypergradientEstimator,
+    MinRes,
+    NaturalHypergradient,
+    Neumann,
+    Nystrom,
+    Penalty,
+    Spectrum,
+    Unrolled,
+)
 from diopt_lightning.callbacks import Results
 from tests.helpers import quiet_trainer
 
@@ -173,10 +190,20 @@ def test_dropout_is_off_in_the_hypergradient_and_on_afterwards():
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize("inner_steps", [1, 4])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, inner_steps):
+@pytest.mark.parametrize(
+    ("estimator", "inner_steps"),
+    [
+        (lambda: Neumann(terms=2, spectrum=Spectrum(refresh_every=2)), 1),
+        (lambda: Chebyshev(warm_start=True), 4),
+        (lambda: Nystrom(rank=3), 2),
+        (lambda: Penalty(warm_start=True), 2),
+        (lambda: NaturalHypergradient(rank=3), 2),
+        (lambda: SAMA(), 2),
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, estimator, inner_steps):
     def make() -> HyperCleaning:
-        return HyperCleaning(hypergradient=Neumann(terms=2, refresh_every=2), inner_steps=inner_steps)
+        return HyperCleaning(hypergradient=estimator(), inner_steps=inner_steps)
 
     whole = make()
     quiet_trainer(max_epochs=3).fit(whole, loaders())
@@ -271,13 +298,99 @@ class InTurn(pl.LightningDataModule):
         }
 
 
-def test_two_processes_equal_one_with_the_double_batch():
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        lambda: Neumann(terms=2, step_size=0.05),
+        lambda: Chebyshev(),
+        lambda: ConjugateGradient(products=5, product=FiniteDifference()),
+        lambda: MinRes(products=5),
+        lambda: Nystrom(rank=3),
+        lambda: SAMA(product=DoubleBackward()),
+        lambda: Unrolled(steps=2),
+        lambda: Penalty(step_size=0.05, multiplier=100.0),
+        lambda: NaturalHypergradient(rank=2),
+    ],
+)
+def test_two_processes_equal_one_with_the_double_batch(estimator):
     options: dict[str, Any] = {"inner_steps": 2, "inner_gradient_clip": 0.1, "outer_gradient_clip": 0.01}
-    one, two = HyperCleaning(**options), HyperCleaning(**options)
+    one, two = (HyperCleaning(hypergradient=estimator(), **options) for _ in range(2))
     quiet_trainer(max_steps=6).fit(one, InTurn())
     quiet_trainer(max_steps=6, devices=2, strategy="ddp_fork", callbacks=[EqualOnAllProcesses()]).fit(two, InTurn())
     torch.testing.assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=1e-10)
     assert not torch.equal(two.weights, torch.zeros_like(two.weights))
+
+
+class Logged(pl.loggers.CSVLogger):
+    """Keeps what was logged, in memory."""
+
+    def __init__(self, folder: Any) -> None:
+        super().__init__(folder)
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append(metrics)
+
+
+def test_the_statistics_of_the_default_estimator_reach_the_logger(tmp_path):
+    logger = Logged(tmp_path)
+    options: dict[str, Any] = {"inner_steps": 2, "hypergradient": None}
+    quiet_trainer(max_steps=4, logger=logger, log_every_n_steps=1).fit(HyperCleaning(**options), loaders())
+    (row, *_) = [row for row in logger.rows if "outer_loss" in row]
+    names = ("residual", "largest_eigenvalue", "negative_curvature", "products", "seconds", "damping", "norm")
+    assert {f"hypergradient/{name}" for name in names} <= row.keys()
+    assert row["hypergradient/products"] == 8 + 5
+    assert 0 < row["hypergradient/residual"] < 1.1
+
+
+@pytest.mark.parametrize(
+    "diverging", [Neumann(terms=5, step_size=100.0), Penalty(steps=8, step_size=100.0), Nystrom(1, damping=1e-6)]
+)
+def test_a_diverging_setting_is_warned_of_at_the_first_outer_step(diverging):
+    with pytest.warns(ConvergenceWarning, match=r"diverges.*set `\w+` to \d"):
+        quiet_trainer(max_steps=1).fit(HyperCleaning(hypergradient=diverging), loaders())
+
+
+def test_micro_batches_equal_whole_batches():
+    whole, split = HyperCleaning(), HyperCleaning(micro_batches=3)
+    inner, outer = (next(iter(loader)) for loader in loaders(batch_size=8).values())
+    assert [len(part[0]) for part in split.split_batch(inner, 3)] == [3, 3, 2]
+    one, several = (module.estimate_hypergradient(inner, outer) for module in (whole, split))
+    torch.testing.assert_close(several.gradient, one.gradient, rtol=1e-12, atol=0)
+    torch.testing.assert_close(several.outer_loss, one.outer_loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch", [("text",), (torch.ones(3), torch.ones(4)), (torch.tensor(1.0),)])
+def test_a_batch_that_cannot_be_split_is_named(batch):
+    with pytest.raises(ConfigurationError, match="override `split_batch`, or set `micro_batches` to 1"):
+        HyperCleaning(micro_batches=2).split_batch(batch, 2)
+
+
+class Watching(HypergradientEstimator):
+    """Compares what it is shown of the inner steps with what they do."""
+
+    def __init__(self) -> None:
+        self.gradients: list[Tensor] = []
+
+    def observe(self, problem: BilevelProblem) -> None:
+        loss = sum(weight * part() for part, weight in problem.inner_parts())
+        expected = torch.autograd.grad(loss, problem.inner_parameters)
+        for gradient, parameter in zip(expected, problem.inner_parameters, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+        assert problem.inner_optimizer.param_groups[0]["lr"] == 0.01
+        assert problem.inner_gradient_clip == 1.0
+        self.gradients.append(expected[0])
+
+    def __call__(self, problem: BilevelProblem) -> Hypergradient:
+        return Neumann(step_size=0.05)(problem)
+
+
+def test_estimators_are_shown_every_inner_step_with_all_its_batches():
+    watching = Watching()
+    module = HyperCleaning(hypergradient=watching, inner_accumulation=2, inner_steps=2)
+    quiet_trainer(max_steps=4, max_epochs=3).fit(module, loaders())
+    assert len(watching.gradients) == 4
 
 
 def test_results_have_an_outer_loss_for_every_outer_step_alone(tmp_path):

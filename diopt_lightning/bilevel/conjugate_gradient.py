@@ -66,7 +66,6 @@ class ConjugateGradient(KrylovEstimator):
         if not tolerance >= 0:
             raise ConfigurationError(f"`tolerance` must be 0 or more, got {tolerance}.")
         self.tolerance = tolerance
-        self._damping = 0.0
         self._stopped = False
 
     def automatic_damping(self) -> float:
@@ -75,7 +74,7 @@ class ConjugateGradient(KrylovEstimator):
 
     def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Vector:
         """Iterate until the products are spent, the tolerance is met, or curvature is negative."""
-        self._damping, self._stopped = damping, False
+        self._stopped = False
         solution, residual, direction = scale(right, 0.0), right, right
         squared = initial = dot(right, right).item()
         for _ in range(products - 1):
@@ -101,12 +100,12 @@ class ConjugateGradient(KrylovEstimator):
         self._warned = True
         warnings.warn(
             f"ConjugateGradient met a negative curvature of {curvature:.3g} (with its damping of {self._damping:.3g}) "
-            f"and stopped: set `damping` to {1.1 * (self._damping - curvature):.3g} or more, or use `MinRes` or "
+            f"and stopped: set `damping` to {2 * (self._damping - curvature):.3g} or more, or use `MinRes` or "
             "`Chebyshev`, which live with negative curvature.",
             ConvergenceWarning,
             stacklevel=6,
         )
 
     def solver_statistics(self) -> dict[str, float]:
-        """The damping and whether the iteration ended early; see :class:`ImplicitEstimator`."""
-        return super().solver_statistics() | {"damping": self._damping, "stopped_early": float(self._stopped)}
+        """Whether negative curvature ended the iteration, and the rest; see :class:`KrylovEstimator`."""
+        return super().solver_statistics() | {"stopped_early": float(self._stopped)}

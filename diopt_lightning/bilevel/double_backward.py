@@ -37,17 +37,27 @@ class DoubleBackward(Product):
 
     def __init__(self, fraction: float = 1.0) -> None:
         super().__init__(fraction)
+        self._inspected = False
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Build the graph of the inner gradient, if it is to be kept; see :class:`Product`."""
-        return GradientGraph(problem, self.fraction)
+        linearization = GradientGraph(problem, self.fraction, inspect=not self._inspected)
+        self._inspected = True
+        return linearization
 
 
 class GradientGraph(ExactLinearization):
-    """Second derivatives from graphs of the gradient; see :class:`DoubleBackward`."""
+    """Second derivatives from graphs of the gradient; see :class:`DoubleBackward`.
 
-    def __init__(self, problem: BilevelProblem, fraction: float = 1.0) -> None:
+    Args:
+        problem: The problem to linearize.
+        fraction: Share of the micro-batches that the Hessian is computed on.
+        inspect: Whether to look for operations that have no second derivative and do not say so.
+    """
+
+    def __init__(self, problem: BilevelProblem, fraction: float = 1.0, inspect: bool = True) -> None:
         super().__init__(problem, fraction)
+        self._inspect = inspect
         self._kept = self._build(0) if len(self.parts) == 1 else None
 
     def _build(self, index: int) -> list[Tensor | None]:
@@ -55,6 +65,9 @@ class GradientGraph(ExactLinearization):
             loss = self.evaluate(index)
             gradient = torch.autograd.grad(loss, self.problem.inner_parameters, create_graph=True, allow_unused=True)
         check_reached(gradient)
+        if self._inspect:
+            check_twice_differentiable(gradient)
+            self._inspect = False
         return list(gradient)
 
     def gradient(self) -> Vector:
@@ -90,4 +103,28 @@ def check_reached(gradient: Sequence[Tensor | None]) -> None:
         ValueError: If all entries are ``None``.
     """
     if all(entry is None for entry in gradient):
-        raise ValueError("`inner_loss` depends on none of the `inner_parameters`: there is nothing to optimize.")
+        raise ValueError(
+            "`inner_loss` depends on none of the `inner_parameters`: there is nothing to optimize. (Checkpointing with "
+            "`use_reentrant=True` hides parameters; with `use_reentrant=False` it does not.)"
+        )
+
+
+def check_twice_differentiable(gradient: Sequence[Tensor | None]) -> None:
+    """Raise where the graph of a gradient goes through an operation that is marked as once differentiable.
+
+    ``torch.autograd.grad`` raises there only if the way to its inputs leads through that operation's *inputs*; it takes
+    what the operation saved for constants, and the product would be wrong without a word.
+
+    Raises:
+        RuntimeError: If there is one.
+    """
+    seen: set[object] = set()
+    stack = [entry.grad_fn for entry in gradient if entry is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("the backward pass of a torch.autograd.Function is marked with @once_differentiable")
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from diopt_lightning.bilevel.double_backward import DoubleBackward, check_reached
 from diopt_lightning.bilevel.perturbation import move, restored
 from diopt_lightning.bilevel.problem import BilevelProblem
-from diopt_lightning.bilevel.products import Linearization, Product, zeros
+from diopt_lightning.bilevel.products import Linearization, Product, checkpointing_explained, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
 from diopt_lightning.bilevel.warning import ConvergenceWarning
 from diopt_lightning.errors import ConfigurationError
@@ -83,17 +83,11 @@ class FiniteDifference(Product):
         Raises:
             ConfigurationError: If parameters are of half precision.
         """
-        half = {p.dtype for p in problem.inner_parameters if torch.finfo(p.dtype).bits < 32}
-        if half:
-            raise ConfigurationError(
-                f"FiniteDifference moves parameters by less than {half.pop()} can hold. Keep them in float32 (with "
-                "`bf16-mixed` they are), or use `DoubleBackward` or `ReverseOverForward` as the `product`."
-            )
         return _Differences(problem, self)
 
     def guard(self) -> AbstractContextManager[None]:
-        """There is nothing to explain where no second derivative is taken."""
-        return nullcontext()
+        """No second derivative is taken; see :class:`Product`."""
+        return checkpointing_explained()
 
     def compare(self, linearization: Linearization, v: Vector, found: Vector) -> None:
         """Compare the first product of a run with an exact one, and say what came out."""
@@ -122,7 +116,17 @@ class FiniteDifference(Product):
 
 
 def distance(parameters: Sequence[Tensor], scheme: Literal["forward", "central"]) -> float:
-    r"""How far to move parameters for a difference, :math:`c \sqrt{1 + \|\theta\|}`; see :class:`FiniteDifference`."""
+    r"""How far to move parameters for a difference, :math:`c \sqrt{1 + \|\theta\|}`; see :class:`FiniteDifference`.
+
+    Raises:
+        ConfigurationError: If parameters are of half precision.
+    """
+    half = {parameter.dtype for parameter in parameters if torch.finfo(parameter.dtype).bits < 32}
+    if half:
+        raise ConfigurationError(
+            f"A finite difference moves parameters by less than {half.pop()} can hold. Keep them in float32 (with "
+            "`bf16-mixed` they are), or use `DoubleBackward` or `ReverseOverForward` as the `product`."
+        )
     precision: float = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
     factor: float = precision ** (1 / 2) / 4 if scheme == "forward" else precision ** (1 / 3) / 16
     return factor * math.sqrt(1 + norm(as_vector(parameters, parameters)).item())

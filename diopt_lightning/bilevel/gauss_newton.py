@@ -23,7 +23,8 @@ class GaussNewton(Product):
     r"""The generalized Gauss-Newton matrix in place of the Hessian.
 
     (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 2002;
-    Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.) With the outputs :math:`z(\theta, \phi)` of the network and :math:`L_{train} = \ell(z, \theta, \phi)`,
+    Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.) With the outputs
+    :math:`z(\theta, \phi)` of the network and :math:`L_{train} = \ell(z, \theta, \phi)`,
 
     .. math:: G v = \left( \frac{\partial (z, \theta)}{\partial \theta} \right)^{\!\top}
               \nabla^2_{(z, \theta)} \ell \; \frac{\partial (z, \theta)}{\partial \theta} \, v
@@ -56,15 +57,19 @@ class GaussNewton(Product):
 
     def __init__(self, fraction: float = 1.0) -> None:
         super().__init__(fraction)
+        self._inspected = False
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Build the graphs of the outputs and of the loss, if they are to be kept; see :class:`Product`."""
-        return _GaussNewton(problem, self.fraction)
+        linearization = _GaussNewton(problem, self.fraction, inspect=not self._inspected)
+        self._inspected = True
+        return linearization
 
 
 class _GaussNewton(Linearization):
-    def __init__(self, problem: BilevelProblem, fraction: float) -> None:
+    def __init__(self, problem: BilevelProblem, fraction: float, inspect: bool) -> None:
         super().__init__(problem, fraction)
+        self._inspect = inspect
         self._kept = self._build(0) if len(self.parts) == 1 else None
 
     def _build(self, index: int) -> "_Split":
@@ -81,7 +86,7 @@ class _GaussNewton(Linearization):
         return self.problem.average(total)
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:
-        return self.hessian(v), GradientGraph(self.problem).mixed(v)
+        return self.hessian(v), GradientGraph(self.problem, inspect=self._inspect).mixed(v)
 
     def free(self) -> None:
         self._kept = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, differentiable, scalar
-from diopt_lightning.bilevel.products import zeros
+from diopt_lightning.bilevel.products import checkpointing_explained, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm
 
 
@@ -95,7 +95,8 @@ def gradients(problem: BilevelProblem, parts: Sequence[tuple[Loss, float]], name
     total, value, reached = zeros([*inner, *outer]), torch.zeros((), device=inner[0].device), False
     for part, weight in parts:
         loss = differentiable(scalar(part(), name), name)
-        found = torch.autograd.grad(loss, [*inner, *outer], allow_unused=True)
+        with checkpointing_explained():
+            found = torch.autograd.grad(loss, [*inner, *outer], allow_unused=True)
         reached = reached or any(gradient is not None for gradient in found[: len(inner)])
         total = add(total, as_vector(found, [*inner, *outer]), weight)
         value = value + weight * loss.detach()

@@ -11,8 +11,8 @@ class Identity(ImplicitEstimator):
 
     .. math:: p = \gamma v_0
 
-    (Luketina et al., "Scalable gradient-based tuning of continuous regularization hyperparameters", ICML 2016, T1 - T2.)
-    With the inner learning rate for :math:`\gamma` it is the hypergradient of one step of gradient descent, as in DARTS.
+    (Luketina et al., "Scalable gradient-based tuning of continuous regularization hyperparameters", ICML 2016.) With
+    the inner learning rate for :math:`\gamma` it is the hypergradient of one step of gradient descent, as in DARTS.
 
     Cost: one product, no further vector. The right one as the cheapest that has the mixed derivative right, where the
     direction is what matters: an outer Adam, or a clipped norm, takes the scale away. Even then it is far off where the

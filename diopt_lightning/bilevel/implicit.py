@@ -12,6 +12,7 @@ from diopt_lightning.bilevel.double_backward import DoubleBackward
 from diopt_lightning.bilevel.hypergradient import Hypergradient, HypergradientEstimator, check_finite, outer_gradients
 from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products import Linearization, Product
+from diopt_lightning.bilevel.spectrum import Spectrum
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm
 from diopt_lightning.bilevel.warning import ConvergenceWarning
 
@@ -43,6 +44,8 @@ class ImplicitEstimator(HypergradientEstimator):
 
     #: Whether the scale of ``p`` means nothing. The residual is then that of the best multiple of ``p``.
     scale_free = False
+    #: The estimate of the inner Hessian's spectrum, where the solver needs one.
+    spectrum: Spectrum | None = None
 
     def __init__(self, product: Product | None = None) -> None:
         self.product = product if product is not None else DoubleBackward()
@@ -60,16 +63,16 @@ class ImplicitEstimator(HypergradientEstimator):
             inner_loss = linearization.inner_loss
             metered.check_finite()
             check_finite([*p, *mixed], f"the solution of {type(self).__name__}")
-            residual = self._residual(v0, curvature)
-            size = norm(v0).item()
+            size = norm(v0).item() or 1.0
             statistics = {
-                "residual": norm(residual).item() / size if size > 0 else 0.0,
+                "residual": norm(self._residual(v0, curvature)).item() / size,
                 **metered.measured(),
                 **self.solver_statistics(),
                 **linearization.statistics,
             }
-            if statistics["residual"] > DIVERGED:
-                self._diverged(metered, residual, statistics)
+            residual = self._residual(v0, add(curvature, p, self.used_damping))
+            if norm(residual).item() > DIVERGED * size:
+                self._diverged(metered, residual, size)
         statistics["seconds"] = time.perf_counter() - start
         return Hypergradient(add(direct, mixed, -1.0), outer_loss, inner_loss, statistics)
 
@@ -81,6 +84,11 @@ class ImplicitEstimator(HypergradientEstimator):
         """What the solver adds to the statistics, by name."""
         return {}
 
+    @property
+    def used_damping(self) -> float:
+        """The damping of the system that was solved, by whose own residual it is judged whether the solver diverges."""
+        return 0.0
+
     def advice(self, curvature: float) -> str:
         """What to set instead, given the curvature along a residual that has grown."""
         return f" The curvature along it is {curvature:.3g}."
@@ -89,15 +97,17 @@ class ImplicitEstimator(HypergradientEstimator):
         size = dot(curvature, curvature).item() if self.scale_free else 0.0
         return add(v0, curvature, -dot(v0, curvature).item() / size if size > 0 else -1.0)
 
-    def _diverged(self, linearization: Linearization, residual: Vector, statistics: dict[str, float]) -> None:
-        """Warn once, with the number to set."""
+    def _diverged(self, linearization: "Metered", residual: Vector, size: float) -> None:
+        """Warn once, with the number to set, and do not trust an old estimate of the spectrum."""
+        if self.spectrum is not None:
+            self.spectrum.expire()
         if self._warned:
             return
         self._warned = True
         curvature = (dot(residual, linearization.hessian(residual)) / dot(residual, residual)).item()
         warnings.warn(
-            f"{type(self).__name__} diverges: after {statistics['products']:.0f} products the residual is "
-            f"{statistics['residual']:.3g} times the right-hand side." + self.advice(curvature),
+            f"{type(self).__name__} diverges: after {linearization.measured()['products'] - 1:.0f} products the "
+            f"residual is {norm(residual).item() / size:.3g} times the right-hand side." + self.advice(curvature),
             ConvergenceWarning,
             stacklevel=4,
         )

@@ -136,7 +136,8 @@ class InnerStep:
         state = {}
         for name, value in recorded.items():
             if name == "step":
-                state[name] = value.detach().clone()
+                # PyTorch counts in float32, and takes powers of the tensor itself where it differentiates.
+                state[name] = value.detach().double()
                 continue
             value = value.detach().to(solver_dtype(value)).clone()
             if name.endswith("_sq"):

@@ -44,12 +44,13 @@ class KrylovEstimator(ImplicitEstimator):
         self.products = products
         self.damping = damping
         self.warm_start = warm_start
-        self.spectrum = spectrum if spectrum is not None else Spectrum()
+        self.spectrum: Spectrum = spectrum if spectrum is not None else Spectrum()
         self._solution: Vector | None = None
+        self._damping = 0.0
 
     def solve(self, linearization: Linearization, v0: Vector) -> Vector:
         """Solve the system from the last solution or from zero; see :class:`ImplicitEstimator`."""
-        damping = self.prepare(linearization, v0)
+        damping = self._damping = self.prepare(linearization, v0)
         if self._solution is None:
             solution = self.iterate(linearization, v0, self.products, damping)
         else:
@@ -75,9 +76,14 @@ class KrylovEstimator(ImplicitEstimator):
     def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Vector:
         """Solve ``(H + damping) p = right`` with ``products - 1`` products: one more is spent on the solution."""
 
+    @property
+    def used_damping(self) -> float:
+        """The damping of the last system; see :class:`ImplicitEstimator`."""
+        return self._damping
+
     def solver_statistics(self) -> dict[str, float]:
-        """The estimate of the largest eigenvalue, if there is one; see :class:`ImplicitEstimator`."""
-        return self.spectrum.statistics()
+        """The damping and the largest eigenvalue, if it was estimated; see :class:`ImplicitEstimator`."""
+        return {"damping": self._damping, **self.spectrum.statistics()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last solution, if it is needed, and the state of the spectrum."""

@@ -16,17 +16,17 @@ class NaturalHypergradient(ImplicitEstimator):
 
     .. math:: p = (F + \delta I)^{-1} v_0 \qquad F = \frac{1}{r} \sum_{i=1}^{r} g_i g_i^\top
 
-    (Kong, Chen, Zhang and Mou, "Natural hypergradient descent", arXiv 2602.10905, 2026.) Near a minimum of a likelihood the Hessian is the Fisher matrix, and its empirical form is made of gradients that
-    the inner steps compute anyway. So the curvature is collected while they run (:meth:`observe`), and the
-    hypergradient itself costs one product, for the mixed derivative. With the last ``rank`` gradients :math:`G` as
+    (Kong, Chen, Zhang and Mou, "Natural hypergradient descent", arXiv 2602.10905, 2026.) Near a minimum of a likelihood
+    the Hessian is the Fisher matrix, and its empirical form is made of gradients that the inner steps compute anyway.
+    So the curvature is collected while they run (:meth:`observe`), and the hypergradient itself costs one product, for
+    the mixed derivative. With the last ``rank`` gradients :math:`G` as
     columns the inverse is that of a small matrix,
 
     .. math:: p = \tfrac{1}{\delta} \left( v_0 - G (r \delta I + G^\top G)^{-1} G^\top v_0 \right) ,
 
-    and without a ``rank`` the diagonal of :math:`F` is used, a running mean of squares as in Adam. The paper updates a
-    full inverse by rank one in every step, which fits small inner problems only. Gradients of mini-batches give
-    :math:`F` up to a factor, which the direction does not depend on as long as the damping is relative, as it is by
-    default.
+    and without a ``rank`` the diagonal of :math:`F` is used, a running mean of squares as in Adam. (A full inverse of
+    theta's size squared would fit small inner problems only.) Gradients of mini-batches give :math:`F` up to a factor,
+    which the direction does not depend on as long as the damping is relative, as it is by default.
 
     Cost: one product and ``rank`` vectors of theta's size (one for the diagonal). The right one where
     :class:`~diopt_lightning.bilevel.Identity` is all that can be paid for.

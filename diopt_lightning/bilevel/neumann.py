@@ -69,7 +69,7 @@ class Neumann(ImplicitEstimator):
             )
         self.terms = terms
         self.step_size = step_size
-        self.spectrum = spectrum if spectrum is not None else Spectrum()
+        self.spectrum: Spectrum = spectrum if spectrum is not None else Spectrum()
 
     def solve(self, linearization: Linearization, v0: Vector) -> Vector:
         """Sum the series; see :class:`ImplicitEstimator`."""

@@ -12,10 +12,10 @@ from diopt_lightning.errors import ConfigurationError
 
 
 class Nystrom(ImplicitEstimator):
-    r"""The Nystrom method (Hataya and Yamada, "Nystrom method for accurate and scalable implicit differentiation",
-    AISTATS 2023).
+    r"""The Nystrom method: a low-rank sketch of the Hessian.
 
-    With random :math:`\Omega` of :math:`r` orthonormal columns and :math:`Y = H \Omega`,
+    (Hataya and Yamada, "Nystrom method for accurate and scalable implicit differentiation", AISTATS 2023.) With
+    random :math:`\Omega` of :math:`r` orthonormal columns and :math:`Y = H \Omega`,
 
     .. math:: H \approx \hat H = Y (\Omega^\top Y)^{+} Y^\top = U \Lambda U^\top
               \qquad p = (\hat H + \delta I)^{-1} v_0
@@ -77,16 +77,23 @@ class Nystrom(ImplicitEstimator):
         self._damping = self.damping or 0.01 * values.max().item() or 1.0
         coefficients = vectors.T @ right
         within = vectors @ (coefficients / (values + self._damping))
-        return unflat(within + (right - vectors @ coefficients) / self._damping, v0)
+        outside = right - vectors @ coefficients
+        outside = outside - vectors @ (vectors.T @ outside)  # again: what rounding left would be divided by the damping
+        return unflat(within + outside / self._damping, v0)
 
     def _draw(self, like: Tensor) -> Tensor:
         """Random orthonormal columns ``(parameters, rank)``, the same on all processes."""
         generator = torch.Generator(like.device).manual_seed(self.seed + self._calls)
         self._calls += 1
         columns = min(self.rank, like.numel())
-        normal = torch.randn(like.numel(), columns, generator=generator, device=like.device, dtype=like.dtype)
-        sketch: Tensor = torch.linalg.qr(normal).Q
+        normal = torch.randn(like.numel(), columns, generator=generator, device=like.device)
+        sketch: Tensor = torch.linalg.qr(normal.to(like.dtype)).Q
         return sketch
+
+    @property
+    def used_damping(self) -> float:
+        """The damping of the last system; see :class:`ImplicitEstimator`."""
+        return self._damping
 
     def solver_statistics(self) -> dict[str, float]:
         """The damping; see :class:`ImplicitEstimator`."""

@@ -24,8 +24,9 @@ class Penalty(HypergradientEstimator):
     r"""The penalty, or value function, method: first derivatives only.
 
     (Kwon et al., "A fully first-order method for stochastic bilevel optimization", ICML 2023; Pan et al., "ScaleBiO",
-    ACL 2025, which trained 30B parameters with it.) The inner problem becomes a penalty for its optimality gap, :math:`L_{val}(\theta, \phi) + \alpha (L_{train}(\theta,
-    \phi) - \min_\omega L_{train}(\omega, \phi))`, whose derivative needs no second derivatives:
+    ACL 2025, which trained 30B parameters with it.) The inner problem becomes a penalty for its optimality gap,
+    :math:`L_{val}(\theta, \phi) + \alpha (L_{train}(\theta, \phi) - \min_\omega L_{train}(\omega, \phi))`, whose
+    derivative needs no second derivatives:
 
     .. math:: \frac{dL_{val}}{d\phi} \approx \frac{\partial L_{val}(\omega, \phi)}{\partial\phi}
               + \alpha \left( \frac{\partial L_{train}(\theta_\alpha, \phi)}{\partial\phi}
@@ -33,9 +34,9 @@ class Penalty(HypergradientEstimator):
 
     :math:`\omega` is the model that is trained. :math:`\theta_\alpha` is found from it by ``steps`` of gradient descent
     on :math:`L_{val} / \alpha + L_{train} - \langle \nabla L_{train}(\omega), \theta - \omega \rangle`. The last term
-    is zero at an optimum. The papers do without it and train both models side by side; it takes out of the difference what
-    :math:`L_{train}` would still gain from more steps, so that an :math:`\omega` that is not converged needs no second
-    model. As :math:`\alpha` grows, the estimate is that of a Neumann series with forward differences.
+    is zero at an optimum. The papers do without it and train both models side by side; it takes out of the difference
+    what :math:`L_{train}` would still gain from more steps, so that an :math:`\omega` that is not converged needs no
+    second model. As :math:`\alpha` grows, the estimate is that of a Neumann series with forward differences.
 
     Cost: ``2 steps + 1`` gradients, first-order memory, three vectors of theta's size, any attention kernel and any
     parallel strategy. The right one for models whose second derivatives are out of reach, where

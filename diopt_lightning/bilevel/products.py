@@ -158,7 +158,6 @@ CAUSES = {
     "scaled_dot_product": "attention runs in a fused kernel that has no second derivative",
     "flash_attn": "attention runs in a fused kernel that has no second derivative",
     "once_differentiable": "an operation of the model is marked as differentiable only once",
-    "Checkpointing is not compatible": "activations are checkpointed in the reentrant way",
     "forward AD": "an operation of the model has no forward derivative",
     "jvp": "an operation of the model has no forward derivative",
     "is not implemented": "an operation of the model has no second derivative",
@@ -169,7 +168,8 @@ CAUSES = {
 def explained(product: str) -> Iterator[None]:
     """Turn PyTorch's errors about missing second derivatives into one that names the cause and what works."""
     try:
-        yield
+        with checkpointing_explained():
+            yield
     except RuntimeError as error:  # includes NotImplementedError
         cause = next((cause for words, cause in CAUSES.items() if words in str(error)), None)
         if cause is None:
@@ -178,6 +178,20 @@ def explained(product: str) -> Iterator[None]:
             f"{product} needs second derivatives, and {cause} ({str(error).strip().splitlines()[0]}). Use "
             "`FiniteDifference` as the `product`, which needs first derivatives only, or the model's plain form: "
             "uncompiled, with PyTorch's own attention (`sdpa` or `eager`), and checkpointed with `use_reentrant=False`."
+        ) from error
+
+
+@contextmanager
+def checkpointing_explained() -> Iterator[None]:
+    """Say what to do about reentrant checkpointing, which ``torch.autograd.grad`` does not see through."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise ConfigurationError(
+            "Activations are checkpointed in the reentrant way, which gives gradients to `.backward()` only: "
+            "checkpoint with `use_reentrant=False`."
         ) from error
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from diopt_lightning.bilevel.hypergradient import check_finite
 from diopt_lightning.bilevel.products import Linearization
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
 from diopt_lightning.errors import ConfigurationError
@@ -35,8 +36,9 @@ def extreme_eigenvalues(linearization: Linearization, start: Vector, products: i
     diagonal: list[float] = []
     below: list[float] = []
     previous, vector = start, scale(start, 1 / size)
-    for _ in range(products):
+    for number in range(1, products + 1):
         image = linearization.hessian(vector)
+        check_finite(image, f"product {number} of the spectrum's estimate with the inner loss's second derivatives")
         diagonal.append(dot(vector, image).item())
         image = add(image, vector, -diagonal[-1])
         if below:

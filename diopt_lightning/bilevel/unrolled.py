@@ -26,8 +26,9 @@ class Unrolled(HypergradientEstimator):
     r"""Truncated back-propagation through the inner optimizer.
 
     (Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017; Shaban et al.,
-    "Truncated back-propagation for bilevel optimization", AISTATS 2019.) The last :math:`T` inner steps :math:`(\theta_{k+1}, s_{k+1}) = U(\theta_k, s_k, g_k)`, with the optimizer's state
-    :math:`s` and :math:`g_k = \nabla_\theta L_{train}(\theta_k, \phi)`, are differentiated in reverse: from
+    "Truncated back-propagation for bilevel optimization", AISTATS 2019.) The last :math:`T` inner steps
+    :math:`(\theta_{k+1}, s_{k+1}) = U(\theta_k, s_k, g_k)`, with the optimizer's state :math:`s` and
+    :math:`g_k = \nabla_\theta L_{train}(\theta_k, \phi)`, are differentiated in reverse: from
     :math:`a_T = \partial L_{val} / \partial\theta` at the current :math:`\theta_T`,
 
     .. math:: b_k = \left( \frac{\partial U}{\partial g} \right)^{\!\top} a_{k+1} \qquad

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,14 +13,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diopt_lightning.bilevel import (
     BilevelProblem,
+    Chebyshev,
     Hypergradient,
     HypergradientEstimator,
-    Neumann,
+    MicroBatches,
     average_over_processes,
 )
+from diopt_lightning.bilevel.problem import Loss
 from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
 
@@ -44,7 +48,8 @@ class BilevelModule(pl.LightningModule, ABC):
     estimator's state; both optimizers and schedulers are Lightning's business, as always.
 
     Args:
-        hypergradient: Estimates :math:`dL_{val}/d\phi`. Default: :class:`~diopt_lightning.bilevel.Neumann`.
+        hypergradient: Estimates :math:`dL_{val}/d\phi`. Default: :class:`~diopt_lightning.bilevel.Chebyshev`, which has
+            no number to tune and makes the most of five products.
         inner_steps: :math:`K`, inner optimizer steps before each outer step. Default: 1, as in the reference
             implementation.
         inner_optimizer: Makes the optimizer of theta. Default: AdamW with learning rate 1e-5.
@@ -56,6 +61,8 @@ class BilevelModule(pl.LightningModule, ABC):
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step: the last ones of the
             round, so at most ``inner_steps * inner_accumulation``.
+        micro_batches: Parts in which the two batches of a hypergradient are computed, one at a time, to save memory;
+            the values are those of whole batches. See :meth:`split_batch` and :meth:`batch_weight`. Default: 1.
 
     Attributes:
         inner_batches_seen: Training batches so far.
@@ -95,12 +102,14 @@ class BilevelModule(pl.LightningModule, ABC):
         outer_gradient_clip: float | None = 1.0,
         inner_accumulation: int = 1,
         outer_accumulation: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         for name, number in {
             "inner_steps": inner_steps,
             "inner_accumulation": inner_accumulation,
             "outer_accumulation": outer_accumulation,
+            "micro_batches": micro_batches,
         }.items():
             if number < 1:
                 raise ConfigurationError(f"`{name}` must be 1 or more, got {number}.")
@@ -115,7 +124,7 @@ class BilevelModule(pl.LightningModule, ABC):
             )
         # Two optimizers with steps of their own: Lightning's automatic optimization has one.
         self.automatic_optimization = False
-        self.hypergradient = hypergradient if hypergradient is not None else Neumann()
+        self.hypergradient = hypergradient if hypergradient is not None else Chebyshev()
         self.inner_steps = inner_steps
         # Not defaults in the signature: from there the parser would carry AdamW's weight decay over to an Adam that a
         # configuration names instead.
@@ -126,9 +135,11 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_gradient_clip = inner_gradient_clip
         self.outer_gradient_clip = outer_gradient_clip
         self.inner_accumulation = inner_accumulation
+        self.micro_batches = micro_batches
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
+        self._inner_batches: deque[Any] = deque(maxlen=inner_accumulation)
         self._pairs: deque[tuple[Any, Any]] = deque(maxlen=outer_accumulation)
 
     @abstractmethod
@@ -155,7 +166,7 @@ class BilevelModule(pl.LightningModule, ABC):
             The ``inner_loss`` and, after an outer step, the ``outer_loss``, for callbacks.
         """
         inner_batch, outer_batch = self._levels(batch)
-        inner_loss, stepped = self._inner_step(inner_batch)
+        inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
         self._pairs.append((inner_batch, outer_batch))
         if stepped and self.inner_steps_taken % self.inner_steps == 0:
             return {"inner_loss": inner_loss, "outer_loss": self._outer_step()}
@@ -212,7 +223,7 @@ class BilevelModule(pl.LightningModule, ABC):
             )
         return batch["inner"], batch["outer"]
 
-    def _inner_step(self, batch: Any) -> tuple[Tensor, bool]:
+    def _inner_step(self, batch: Any, outer_batch: Any) -> tuple[Tensor, bool]:
         """Accumulate a gradient of the inner loss; return the loss and whether the optimizer took a step."""
         optimizer = self.optimizers()[0]  # type: ignore[index]
         with constants(self.outer_parameters()):
@@ -220,9 +231,11 @@ class BilevelModule(pl.LightningModule, ABC):
             self.manual_backward(loss / self.inner_accumulation)
         loss = loss.detach()
         self.log("inner_loss", loss, prog_bar=True)
+        self._inner_batches.append(batch)
         self.inner_batches_seen += 1
         if self.inner_batches_seen % self.inner_accumulation != 0:
             return loss, False
+        self.hypergradient.observe(self.problem(list(self._inner_batches), outer_batch))
         norm = clip(self.inner_parameters(), self.inner_gradient_clip)
         self.log("inner_gradient_norm", norm)
         optimizer.step()
@@ -251,8 +264,9 @@ class BilevelModule(pl.LightningModule, ABC):
         loss = torch.stack([estimate.outer_loss for estimate in estimates]).mean()
         self.log("outer_loss", loss, prog_bar=True)
         self.log("hypergradient/norm", norm)
-        for name in estimates[0].statistics:
-            self.log(f"hypergradient/{name}", sum(e.statistics[name] for e in estimates) / len(estimates))
+        for name in sorted(set[str]().union(*(estimate.statistics for estimate in estimates))):
+            values = [estimate.statistics[name] for estimate in estimates if name in estimate.statistics]
+            self.log(f"hypergradient/{name}", sum(values) / len(values))
         return loss
 
     def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
@@ -261,15 +275,59 @@ class BilevelModule(pl.LightningModule, ABC):
         Dropout that is drawn anew in every product would be a different system in each of them.
         """
         with evaluation_mode(self):
-            return self.hypergradient(
-                BilevelProblem(
-                    inner_loss=lambda: self.inner_loss(inner_batch),
-                    outer_loss=lambda: self.outer_loss(outer_batch),
-                    inner_parameters=self.inner_parameters(),
-                    outer_parameters=self.outer_parameters(),
-                    average=average_over_processes,
-                )
+            return self.hypergradient(self.problem([inner_batch], outer_batch))
+
+    def problem(self, inner_batches: Sequence[Any], outer_batch: Any) -> BilevelProblem:
+        """Return the bilevel problem of these batches at the current parameters, for the engine."""
+        attached = self._trainer is not None or self._fabric is not None
+        return BilevelProblem(
+            inner_loss=self._in_parts(self.inner_loss, inner_batches),
+            outer_loss=self._in_parts(self.outer_loss, [outer_batch]),
+            inner_parameters=self.inner_parameters(),
+            outer_parameters=self.outer_parameters(),
+            average=average_over_processes,
+            inner_optimizer=self.optimizers(use_pl_optimizer=False)[0] if attached else None,  # type: ignore[index]
+            inner_gradient_clip=self.inner_gradient_clip,
+        )
+
+    def _in_parts(self, loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> Loss | MicroBatches:
+        """The mean of a loss over batches, each computed in micro-batches."""
+        if len(batches) == 1 and self.micro_batches == 1:
+            return partial(loss, batches[0])
+        parts: list[Loss] = []
+        weights: list[float] = []
+        for batch in batches:
+            split = self.split_batch(batch, self.micro_batches) if self.micro_batches > 1 else [batch]
+            sizes = [self.batch_weight(part) for part in split]
+            parts += [partial(loss, part) for part in split]
+            weights += [size / sum(sizes) for size in sizes]
+        return MicroBatches(parts, weights)
+
+    def split_batch(self, batch: Any, parts: int) -> list[Any]:
+        """Split a batch into at most so many parts, each a batch; override it for batches of another make.
+
+        Default: all tensors in the batch are split along their first dimension.
+
+        Raises:
+            ConfigurationError: If there is no tensor to split, or they differ in length.
+        """
+        leaves, structure = tree_flatten(batch)
+        lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ConfigurationError(
+                f"`micro_batches` is {parts}, and a batch can be split only if its tensors are of one length, got "
+                f"{sorted(lengths)}: override `split_batch`, or set `micro_batches` to 1."
             )
+        columns = [leaf.chunk(parts) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        count = next(len(column) for column in columns if isinstance(column, tuple))
+        return [
+            tree_unflatten([column[index] if isinstance(column, tuple) else column for column in columns], structure)
+            for index in range(count)
+        ]
+
+    def batch_weight(self, batch: Any) -> float:
+        """What a loss of the batch is the mean over; override it where that is not rows. Default: rows."""
+        return float(next(len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)))
 
     def _advance_scheduler(self, level: str) -> None:
         for config in self.trainer.lr_scheduler_configs:

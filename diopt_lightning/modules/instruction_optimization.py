@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.bilevel import HypergradientEstimator
-from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.bilevel import BilevelModule
@@ -28,6 +28,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         backbone: The language model theta.
         instruction: The learnable instruction phi.
         hypergradient: Estimates the gradient of the validation tasks' loss with respect to phi. Default:
+            :class:`~diopt_lightning.bilevel.Chebyshev` with five products. The paper's is
             :class:`~diopt_lightning.bilevel.Neumann` with one term.
         inner_steps: :math:`K`, inner optimizer steps before each outer step. Default: 1, as in the reference
             implementation.
@@ -39,6 +40,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step.
+        micro_batches: Parts in which the two batches of a hypergradient are computed, one at a time, to save memory.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
 
     Raises:
@@ -68,6 +70,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         outer_gradient_clip: float | None = 1.0,
         inner_accumulation: int = 1,
         outer_accumulation: int = 1,
+        micro_batches: int = 1,
         max_new_tokens: int = 128,
     ) -> None:
         super().__init__(
@@ -81,6 +84,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
             outer_gradient_clip=outer_gradient_clip,
             inner_accumulation=inner_accumulation,
             outer_accumulation=outer_accumulation,
+            micro_batches=micro_batches,
         )
         if max_new_tokens < 1:
             raise ConfigurationError(f"`max_new_tokens` must be 1 or more, got {max_new_tokens}.")
@@ -120,6 +124,10 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
     def outer_loss(self, batch: Batch) -> Tensor:
         """Loss of validation tasks with human-written instructions."""
         return self.backbone.loss(batch)
+
+    def batch_weight(self, batch: Batch) -> float:
+        """Number of target tokens, over which losses are means."""
+        return float((batch.labels != IGNORED_LABEL).sum())
 
     def outer_parameters(self) -> Sequence[nn.Parameter]:
         """Parameters of the instruction."""
