@@ -28,8 +28,23 @@ PARTS = [
     ("instruction", "diopt_lightning.instructions.EmbedderDP"),
     ("instruction", "diopt_lightning.instructions.ExtractorDP"),
     ("instruction", "diopt_lightning.instructions.RandomExemplar"),
-    ("hypergradient", "diopt_lightning.bilevel.Neumann"),
+    *(
+        ("hypergradient", f"diopt_lightning.bilevel.{name}")
+        for name in (
+            "Chebyshev",
+            "ConjugateGradient",
+            "Identity",
+            "MinRes",
+            "NaturalHypergradient",
+            "Neumann",
+            "Nystrom",
+            "Penalty",
+            "SAMA",
+            "Unrolled",
+        )
+    ),
 ]
+PRODUCTS = ["DoubleBackward", "FiniteDifference", "GaussNewton", "ReverseOverForward"]
 
 
 def parse(*arguments: str) -> Any:
@@ -82,6 +97,35 @@ def test_every_argument_is_described(kind, class_path):
 def test_every_argument_of_a_part_is_described(part, class_path):
     model = "diopt_lightning.InstructionOptimization"
     check_help(help_of("fit", f"--model={model}", f"--model.{part}.help={class_path}"), f"--{part}.")
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_argument_of_a_product_is_described(name):
+    model = "diopt_lightning.InstructionOptimization"
+    estimator = "diopt_lightning.bilevel.Chebyshev"
+    chosen = [f"--model={model}", f"--model.hypergradient={estimator}"]
+    check_help(help_of("fit", *chosen, f"--model.hypergradient.product.help=diopt_lightning.bilevel.{name}"), "--")
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_an_estimator_a_product_and_a_spectrum_are_chosen_on_the_command_line(name):
+    config = parse(
+        "fit",
+        "--config",
+        str(ROOT / "configs" / "demo.yaml"),
+        "--model.hypergradient=diopt_lightning.bilevel.Chebyshev",
+        "--model.hypergradient.products=7",
+        f"--model.hypergradient.product=diopt_lightning.bilevel.{name}",
+        "--model.hypergradient.product.fraction=0.5",
+        "--model.hypergradient.spectrum=diopt_lightning.bilevel.Spectrum",
+        "--model.hypergradient.spectrum.refresh_every=10",
+        "--model.micro_batches=2",
+    )
+    estimator = config.fit.model.init_args.hypergradient
+    assert estimator.class_path == "diopt_lightning.bilevel.Chebyshev"
+    assert estimator.init_args.products == 7
+    assert estimator.init_args.product.init_args.fraction == 0.5
+    assert estimator.init_args.spectrum.init_args.refresh_every == 10
 
 
 def check_help(text: str, prefix: str) -> None:

@@ -31,13 +31,13 @@ class Chebyshev(KrylovEstimator):
     tables are in ``diopt_lightning/bilevel/README.md``).
 
     Args:
-        products: :math:`M`, the products of a hypergradient. Default: 5.
-        accuracy: The residual that is allowed on :math:`[a, b]`, relative. Default: 0.1; lower values make the large
+        products: M, the products with the Hessian that a hypergradient takes. Default: 5.
+        accuracy: The relative residual that is allowed on the interval. Default: 0.1; lower values make the large
             eigenvalues' part more exact and reach less far down.
-        damping: :math:`\delta`. Default: twice the lowest eigenvalue seen if that is negative, else 0.
+        damping: What is added to every eigenvalue of the Hessian. Default: twice the lowest eigenvalue seen if that is negative, else 0.
         warm_start: Whether to start from the last solution, which costs one of the products. Default: no; it pays
             where ``phi`` and ``theta`` move little between hypergradients and their batches are the same or large.
-        spectrum: How :math:`\lambda_{max}` is estimated. Default:
+        spectrum: How the interval's upper end is estimated. Default:
             :class:`~diopt_lightning.bilevel.Spectrum` with 8 products every 50 hypergradients.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`.

@@ -19,7 +19,7 @@ class Identity(ImplicitEstimator):
     Hessian's eigenvalues differ by orders of magnitude; the ``residual`` says how far.
 
     Args:
-        step_size: :math:`\gamma`. Default: 1.
+        step_size: What the outer gradient is multiplied by. Default: 1.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`;
             :class:`~diopt_lightning.bilevel.FiniteDifference` needs two gradients and first-order memory.

@@ -21,7 +21,7 @@ class MinRes(KrylovEstimator):
 
     Args:
         products: Products of a hypergradient at most. Default: 20.
-        damping: :math:`\delta`. Default: 0, none.
+        damping: What is added to every eigenvalue of the Hessian. Default: 0.
         tolerance: The residual at which to stop, relative to the right-hand side. Default: 1e-6.
         warm_start: Whether to start from the last solution, which costs one of the products.
         product: How to get products with second derivatives. Default:

@@ -25,10 +25,10 @@ class Neumann(ImplicitEstimator):
     :class:`~diopt_lightning.bilevel.Chebyshev` makes more of the same products.
 
     Args:
-        terms: :math:`M`, the terms after the first. Default: 1, as in the paper's implementation.
-        step_size: :math:`\gamma`, in units of one over the Hessian's. Default: 1 over an estimate of
-            :math:`\lambda_{max}`, which converges even if the estimate is too low by nearly one half.
-        spectrum: How :math:`\lambda_{max}` is estimated, where ``step_size`` is not given. Default:
+        terms: M, the terms after the first. Default: 1, as in the paper's implementation.
+        step_size: That of the series, in units of one over the Hessian's. Default: 1 over an estimate of the largest
+            eigenvalue, which converges even if the estimate is too low by nearly one half.
+        spectrum: How the largest eigenvalue is estimated, where ``step_size`` is not given. Default:
             :class:`~diopt_lightning.bilevel.Spectrum` with 8 products every 50 hypergradients.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`.

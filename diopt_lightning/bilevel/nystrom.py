@@ -31,8 +31,9 @@ class Nystrom(ImplicitEstimator):
     eigenvalues and the rest does not matter.
 
     Args:
-        rank: :math:`r`. Default: 10.
-        damping: :math:`\delta`, which must be positive. Default: 1% of the largest eigenvalue that the sketch shows.
+        rank: The number of columns of the sketch. Default: 10.
+        damping: What is added to every eigenvalue; it must be positive. Default: 1% of the largest one that the sketch
+            shows.
         seed: Seed of the sketch's own random numbers; each hypergradient draws others.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`.

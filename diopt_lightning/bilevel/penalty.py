@@ -43,14 +43,14 @@ class Penalty(HypergradientEstimator):
     :class:`~diopt_lightning.bilevel.Identity` is too coarse.
 
     Args:
-        steps: Steps of gradient descent to :math:`\theta_\alpha`. Default: 5.
-        multiplier: :math:`\alpha`. Default: so that :math:`\theta_\alpha` is as far from :math:`\omega` as the step of
-            a forward :class:`~diopt_lightning.bilevel.FiniteDifference`. A smaller one is biased, a larger one is lost
+        steps: Steps of gradient descent to the second point. Default: 5.
+        multiplier: That of the penalty. Default: so that the second point is as far from the first as the step of a
+            forward :class:`~diopt_lightning.bilevel.FiniteDifference`. A smaller one is biased, a larger one is lost
             in rounding.
-        step_size: That of gradient descent. Default: 1 over an estimate of :math:`\lambda_{max}` from differences.
-        warm_start: Whether to start from the last :math:`\theta_\alpha - \omega`, as the papers' single loop does with
+        step_size: That of gradient descent. Default: 1 over the largest eigenvalue, estimated from differences.
+        warm_start: Whether to start as far from the first point as the last time, as the papers' single loop does with
             one step. Default: no.
-        spectrum: How :math:`\lambda_{max}` is estimated, where ``step_size`` is not given.
+        spectrum: How the largest eigenvalue is estimated, where ``step_size`` is not given.
 
     Statistics: ``residual``, the norm of :math:`v_0 + \alpha (\nabla L_{train}(\theta_\alpha) - \nabla
     L_{train}(\omega))` relative to :math:`v_0`; ``products``, of two gradients each; ``multiplier``, ``step_size``,

@@ -21,8 +21,8 @@ class Linearization(ABC):
 
     Args:
         problem: The problem to linearize.
-        fraction: Share of the micro-batches, from the first, that :math:`H` is computed on. :math:`J` is always
-            computed on all of them.
+        fraction: Share of the micro-batches, from the first, that the Hessian is computed on. The mixed derivative is
+            always computed on all of them.
 
     Attributes:
         problem: The problem.

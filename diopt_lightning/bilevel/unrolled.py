@@ -45,7 +45,7 @@ class Unrolled(HypergradientEstimator):
     and for inner optimizers far from convergence.
 
     Args:
-        steps: :math:`T`, the last inner steps to differentiate. Default: 1, which is DARTS's and MAML's.
+        steps: T, the last inner steps to differentiate. Default: 1, which is DARTS's and MAML's.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`.
 
