@@ -34,7 +34,8 @@ class Chebyshev(KrylovEstimator):
         products: M, the products with the Hessian that a hypergradient takes. Default: 5.
         accuracy: The relative residual that is allowed on the interval. Default: 0.1; lower values make the large
             eigenvalues' part more exact and reach less far down.
-        damping: What is added to every eigenvalue of the Hessian. Default: twice the lowest eigenvalue seen if that is negative, else 0.
+        damping: What is added to every eigenvalue of the Hessian. Default: twice the lowest one seen if that is
+            negative, else 0.
         warm_start: Whether to start from the last solution, which costs one of the products. Default: no; it pays
             where ``phi`` and ``theta`` move little between hypergradients and their batches are the same or large.
         spectrum: How the interval's upper end is estimated. Default:

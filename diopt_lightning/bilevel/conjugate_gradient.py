@@ -28,8 +28,8 @@ class ConjugateGradient(KrylovEstimator):
 
     Args:
         products: Products of a hypergradient at most. Default: 20.
-        damping: What is added to every eigenvalue of the Hessian. Default: 1% of the largest one, and at least twice the
-            lowest one where that is negative.
+        damping: What is added to every eigenvalue of the Hessian. Default: 1% of the largest one, and at least twice
+            the lowest one where that is negative.
         tolerance: The residual at which to stop, relative to the right-hand side. Default: 1e-6.
         warm_start: Whether to start from the last solution, which costs one of the products.
         spectrum: How the spectrum is estimated, where ``damping`` is not given. Default:

@@ -34,8 +34,8 @@ class NaturalHypergradient(ImplicitEstimator):
     Args:
         rank: The number of past gradients that are kept. Default: none, which takes the diagonal.
         decay: How much of the diagonal's running mean a step keeps. Default: 0.99.
-        damping: What is added to every eigenvalue of the Fisher matrix. Default: a tenth of its largest one, or the mean
-            of the diagonal.
+        damping: What is added to every eigenvalue of the Fisher matrix. Default: a tenth of its largest one, or the
+            mean of the diagonal.
         product: How to get the product. Default: :class:`~diopt_lightning.bilevel.DoubleBackward`.
 
     Statistics: those of :class:`~diopt_lightning.bilevel.ImplicitEstimator`, with the residual of the best multiple of
