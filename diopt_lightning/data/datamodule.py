@@ -40,8 +40,9 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         dev_tasks: Tasks that select checkpoints, to draw likewise from what is left.
         whole_categories: Hold whole categories out for validation and dev tasks, instead of a share of each.
         split_seed: Seed of the draw. It is apart from the run's seed, so that runs with several seeds share their
-        tasks. train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default:
-        none. validation_prompt: The same for validation tasks. Default: definition and two positive examples.
+            tasks.
+        train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default: none.
+        validation_prompt: The same for validation tasks. Default: definition and two positive examples.
         test_prompt: The same for dev and test tasks. Default: definition and two positive examples.
         instances_per_task: Instances of each train and validation task, drawn at random where there are more.
         test_instances_per_task: Instances of each dev and test task, the first ones of the file: the first 100 of the
