@@ -23,8 +23,8 @@ class ConjugateGradient(KrylovEstimator):
     diverges on the indefinite Hessians of deep networks.)
 
     Cost: ``products``, four vectors of theta's size, two inner products of vectors each. The right one for systems that
-    are convex or well damped and are to be solved accurately, with 20 products or more; with few products
-    :class:`~diopt_lightning.bilevel.Chebyshev` is closer.
+    are convex or well damped and are to be solved accurately, with 20 products or more. With few products it may be
+    worse than the right-hand side alone on a language model, as its error is smallest in another norm.
 
     Args:
         products: Products of a hypergradient at most. Default: 20.
@@ -64,6 +64,8 @@ class ConjugateGradient(KrylovEstimator):
         product: Product | None = None,
     ) -> None:
         super().__init__(products, damping, warm_start, spectrum, product)
+        if products < 2:
+            raise ConfigurationError(f"`products` of ConjugateGradient must be 2 or more, got {products}.")
         if not tolerance >= 0:
             raise ConfigurationError(f"`tolerance` must be 0 or more, got {tolerance}.")
         self.tolerance = tolerance
@@ -84,15 +86,16 @@ class ConjugateGradient(KrylovEstimator):
             product = damped(linearization, direction, damping)
             curvature = dot(direction, product).item()
             if curvature <= 0:
-                self._stop(curvature / dot(direction, direction).item())
-                break
+                rate = curvature / dot(direction, direction).item()
+                self._stop(rate)
+                # Without a single step, the right-hand side itself is the best that is known.
+                return solution if norm(solution).item() > 0 else scale(right, 1 / abs(rate) if rate else 1.0)
             length = squared / curvature
             solution = add(solution, direction, length)
             residual = add(residual, product, -length)
             before, squared = squared, dot(residual, residual).item()
             direction = add(residual, direction, squared / before)
-        # Without a single step, the right-hand side itself is the best that is known.
-        return solution if norm(solution).item() > 0 else right
+        return solution
 
     def _stop(self, curvature: float) -> None:
         self._stopped = True

@@ -28,6 +28,8 @@ class NaturalHypergradient(ImplicitEstimator):
     theta's size squared would fit small inner problems only.) Gradients of mini-batches give :math:`F` up to a factor,
     which the direction does not depend on as long as the damping is relative, as it is by default.
 
+    It needs gradients that differ, of mini-batches: those of all data near a fit are small and say nothing.
+
     Cost: one product and ``rank`` vectors of theta's size (one for the diagonal). The right one where
     :class:`~diopt_lightning.bilevel.Identity` is all that can be paid for.
 

@@ -32,8 +32,8 @@ class Nystrom(ImplicitEstimator):
 
     Args:
         rank: The number of columns of the sketch. Default: 10.
-        damping: What is added to every eigenvalue; it must be positive. Default: 1% of the largest one that the sketch
-            shows.
+        damping: What is added to every eigenvalue; it must be positive. Default: the smallest eigenvalue that the
+            sketch shows, as what it does not show should be smaller, and at least 1% of the largest one.
         seed: Seed of the sketch's own random numbers; each hypergradient draws others.
         product: How to get products with second derivatives. Default:
             :class:`~diopt_lightning.bilevel.DoubleBackward`.
@@ -75,7 +75,7 @@ class Nystrom(ImplicitEstimator):
         sketch = self._draw(right)
         images = torch.stack([flat(linearization.hessian(unflat(column, v0))) for column in sketch.T], dim=1)
         vectors, values = eigenpairs(sketch, images)
-        self._damping = self.damping or 0.01 * values.max().item() or 1.0
+        self._damping = self.damping or max(values.min().item(), 0.01 * values.max().item()) or 1.0
         coefficients = vectors.T @ right
         within = vectors @ (coefficients / (values + self._damping))
         outside = right - vectors @ coefficients

@@ -151,7 +151,7 @@ DENSE_ROWS = (
     DenseRow("`Unrolled`", lambda n, _: Unrolled(steps=n)),
     DenseRow("`Neumann`", lambda n, _: Neumann(terms=n - 1)),
     DenseRow("`Chebyshev`", lambda n, _: Chebyshev(products=n)),
-    DenseRow("`ConjugateGradient`", lambda n, _: ConjugateGradient(products=n, damping=0.0)),
+    DenseRow("`ConjugateGradient`", from_two(lambda n, _: ConjugateGradient(products=n, damping=0.0))),
     DenseRow("`MinRes`", from_two(lambda n, _: MinRes(products=n))),
     DenseRow(
         "`Nystrom`", from_two(lambda n, damping: Nystrom(rank=n - 1, damping=damping)), form=lambda lm: lm.undamped

@@ -178,6 +178,7 @@ def test_a_warm_start_gets_closer_from_call_to_call():
         (lambda: Chebyshev(products=0), "products"),
         (lambda: Chebyshev(accuracy=1.0), "accuracy"),
         (lambda: Chebyshev(products=1, warm_start=True), "warm_start"),
+        (lambda: ConjugateGradient(products=1), "products"),
         (lambda: ConjugateGradient(damping=-1.0), "damping"),
         (lambda: ConjugateGradient(tolerance=-1.0), "tolerance"),
         (lambda: MinRes(products=1), "products"),
