@@ -15,7 +15,12 @@ class Backbone(nn.Module, ABC):
     """A language model whose inputs may begin with embeddings instead of tokens.
 
     The constructor takes the options; :meth:`build` makes the model once the tokenizer is known.
+
+    Attributes:
+        name: Name on the hub, or folder, of the pretrained model; what it is made of where there is none.
     """
+
+    name: str
 
     @property
     @abstractmethod

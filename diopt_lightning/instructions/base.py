@@ -69,6 +69,13 @@ class Instruction(nn.Module, ABC):
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return what was learned, to read: one dictionary for each train task, with its name under ``task``."""
 
+    def task_embeddings(self, embed: Embed) -> list[Tensor] | None:
+        """Return the instruction of each train task, ``(length, dim)`` without padding.
+
+        A discrete choice is that of the likeliest. ``None`` where instructions depend on the instance.
+        """
+        return None
+
     @abstractmethod
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance of the batch."""

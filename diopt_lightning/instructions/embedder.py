@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -68,6 +68,10 @@ class EmbedderDP(Instruction):
                 }
             )
         return described
+
+    def task_embeddings(self, embed: Embed) -> list[Tensor]:
+        """Return each task's matrix; see :class:`Instruction`."""
+        return list(self.weight.detach())
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the matrix of each instance's task, ``(batch, length, dim)``."""

@@ -61,6 +61,13 @@ class ExtractorDP(Extractor):
         """Return the chosen exemplars of each instance's task."""
         return self.relaxation.extract(self, batch.task, self.logits[batch.task], embed)
 
+    @torch.no_grad()
+    def task_embeddings(self, embed: Embed) -> list[Tensor]:
+        """Return each task's likeliest exemplars; see :class:`Instruction`."""
+        tasks = torch.arange(len(self.logits), device=self.logits.device)
+        embeddings, mask, _ = self.choose(tasks, self.logits.argmax(dim=-1), embed)
+        return [rows[used] for rows, used in zip(embeddings, mask, strict=True)]
+
     def probabilities(self) -> Tensor:
         """The softmax of the logits, ``(tasks, slots, candidates)``."""
         return self.relaxation.probabilities(self.logits.detach())

@@ -336,6 +336,7 @@ class BilevelModule(pl.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the estimator's state."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["bilevel"] = {
             "inner_batches_seen": self.inner_batches_seen,
             "inner_steps_taken": self.inner_steps_taken,

@@ -1,7 +1,7 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -77,6 +77,27 @@ class InstructionEvaluation(pl.LightningModule):
             if categories:
                 setattr(self, f"{stage}_metrics", Metrics(categories))
         self.scores = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was learned, to read without the data: see :meth:`describe_instruction`."""
+        super().on_save_checkpoint(checkpoint)
+        if self.instruction is not None:
+            checkpoint["instruction"] = self.describe_instruction()
+
+    def describe_instruction(self) -> dict[str, Any]:
+        """Return what was learned, as numbers and text alone.
+
+        ``form`` is the instruction's class, ``backbone`` the model's name, ``tasks`` the names of the train tasks, in
+        the order of their rows, and ``learned`` what :meth:`~diopt_lightning.instructions.Instruction.describe` says of
+        each.
+        """
+        assert self.instruction is not None
+        return {
+            "form": type(self.instruction).__name__,
+            "backbone": self.backbone.name,
+            "tasks": [task.name for task in self.data.split_tasks("train")],
+            "learned": self.instruction.describe(self.data.tokenizer, self.backbone.embedding),
+        }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of dev tasks, which select checkpoints."""
