@@ -1,14 +1,22 @@
-"""The command line: ``diopt fit | validate | test | predict``."""
+"""The command line: ``diopt fit | validate | test | predict``, and commands that train nothing."""
 
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from diopt_lightning.callbacks import RandomState, Results
 from diopt_lightning.errors import ConfigurationError
+
+# Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
+# arguments are the command's, and its docstring is the help.
+COMMANDS = {
+    "export": ("diopt_lightning.export", "export"),
+}
 
 
 class DioptCLI(LightningCLI):
@@ -49,12 +57,26 @@ def run(args: ArgsType = None) -> DioptCLI:
     )
 
 
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Parse the arguments of one of ``COMMANDS`` and call its function."""
+    module, function = COMMANDS[name]
+    called = getattr(import_module(module), function)
+    # Not `auto_cli`, which keeps an argument named `config` to itself.
+    parser = ArgumentParser(prog=f"diopt {name}", description=called.__doc__.splitlines()[0])
+    parser.add_function_arguments(called, as_group=False, as_positional=True)
+    called(**parser.parse_args(list(args)).as_dict())
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2."""
     # PyTorch's own deprecation, met by Lightning whenever it moves a batch.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    given = list(args) if args is not None else sys.argv[1:]
     try:
-        run(list(args) if args is not None else None)
+        if given and given[0] in COMMANDS:
+            run_command(given[0], given[1:])
+        else:
+            run(list(args) if args is not None else None)
     except ValueError as error:
         mistake = configuration_error(error)
         if mistake is None:

@@ -38,8 +38,8 @@ class CandidatePool:
         if not (self.positive_examples or self.instances):
             raise ConfigurationError("A candidate pool needs `positive_examples` or `instances`, and has neither.")
 
-    def texts(self, task: Task, number: int) -> list[str]:
-        """The bodies of ``number`` candidates of a task, as a prompt shows them after the header.
+    def examples(self, task: Task, number: int) -> list[Example]:
+        """The first ``number`` candidates of a task.
 
         Raises:
             ConfigurationError: If the task has fewer.
@@ -55,7 +55,11 @@ class CandidatePool:
                 f"The task `{task.name}` has {len(examples)} candidate exemplars and {number} are asked for: lower "
                 "`candidates`, or let the pool take `positive_examples` and `instances` both."
             )
-        return [example_body(example, self.explanations) for example in examples[:number]]
+        return examples[:number]
+
+    def texts(self, task: Task, number: int) -> list[str]:
+        """The bodies of ``number`` candidates of a task, as a prompt shows them after the header; as above."""
+        return [example_body(example, self.explanations) for example in self.examples(task, number)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Candidates:
         headers: Tokens of the header of each slot, ``(slots, header_length)``, padded at the end.
         header_mask: True on tokens, of the same shape.
         texts: The bodies, by task and candidate.
+        examples: What the bodies show, likewise.
     """
 
     ids: Tensor
@@ -75,6 +80,7 @@ class Candidates:
     headers: Tensor
     header_mask: Tensor
     texts: list[list[str]]
+    examples: list[list[Example]]
 
 
 def tokenize_candidates(
@@ -89,6 +95,7 @@ def tokenize_candidates(
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     texts = [pool.texts(task, number) for task in tasks]
+    examples = [pool.examples(task, number) for task in tasks]
     rows = [[encode(text) for text in candidates] for candidates in texts]
     cut = sum(len(ids) > length for candidates in rows for ids in candidates)
     if cut:
@@ -103,4 +110,4 @@ def tokenize_candidates(
             mask[t, n, : len(kept)] = True
     headers = [encode(example_header("Positive", slot + 1)) for slot in range(slots)]
     header_mask = pad([[1] * len(header) for header in headers], 0).bool()
-    return Candidates(ids, mask, pad(headers, tokenizer.pad_token_id), header_mask, texts)
+    return Candidates(ids, mask, pad(headers, tokenizer.pad_token_id), header_mask, texts, examples)

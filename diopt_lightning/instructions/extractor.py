@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
+from diopt_lightning.data.tasks import Example, Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool, tokenize_candidates
@@ -55,6 +55,7 @@ class Extractor(Instruction):
         self.pool = pool
         self.task_names: list[str] = []
         self.candidate_texts: list[list[str]] = []
+        self.candidate_examples: list[list[Example]] = []
 
     @property
     def length(self) -> int:
@@ -76,6 +77,7 @@ class Extractor(Instruction):
         self.register_buffer("header_ids", tokenized.headers, persistent=False)
         self.register_buffer("header_mask", tokenized.header_mask, persistent=False)
         self.candidate_texts = tokenized.texts
+        self.candidate_examples = tokenized.examples
 
     def mix(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Mix all candidates of each row's task.

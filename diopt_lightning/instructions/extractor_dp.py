@@ -1,6 +1,7 @@
 """The instruction extractor in direct parameterization: a discrete instruction, learned for each task."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -73,17 +74,18 @@ class ExtractorDP(Extractor):
         return self.relaxation.probabilities(self.logits.detach())
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
-        """Return for each task the chosen exemplar of every slot with its probability."""
+        """Return for each task the chosen exemplar of every slot with its probability.
+
+        ``exemplar`` is what the model reads; ``input``, ``output`` and ``explanation`` are the same as the data has it.
+        """
         probabilities, choices = self.probabilities().max(dim=-1)
-        return [
-            {
-                "task": name,
-                "slots": [
-                    {"candidate": choice, "probability": round(probability, 4), "exemplar": texts[choice].strip()}
-                    for choice, probability in zip(chosen, probable, strict=True)
-                ],
-            }
-            for name, texts, chosen, probable in zip(
-                self.task_names, self.candidate_texts, choices.tolist(), probabilities.tolist(), strict=True
-            )
-        ]
+        described = []
+        for task, name in enumerate(self.task_names):
+            slots = []
+            for choice, probability in zip(choices[task].tolist(), probabilities[task].tolist(), strict=True):
+                text, example = self.candidate_texts[task][choice].strip(), self.candidate_examples[task][choice]
+                slots.append(
+                    {"candidate": choice, "probability": round(probability, 4), "exemplar": text, **asdict(example)}
+                )
+            described.append({"task": name, "slots": slots})
+        return described
