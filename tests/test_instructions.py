@@ -58,7 +58,7 @@ def batch_of(tokenizer, texts: list[str], task: list[int]) -> Batch:
     ids = [tokenizer(text)["input_ids"] for text in texts]
     labels = pad([tokenizer(WORDS[index % 50])["input_ids"] for index in range(len(texts))], -100)
     mask = pad([[1] * len(row) for row in ids], 0)
-    return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.zeros(len(task), dtype=torch.long))
+    return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.full((len(task),), 99))
 
 
 INPUTS = ["Now complete the following example -\nInput: wolf.\nOutput: ", "Input: sun sun sun.\nOutput: ", "wolf"]
@@ -91,7 +91,7 @@ def test_a_mixture_equals_the_obvious_loop(tokenizer, tasks, backbone):
     extractor.build(tasks, tokenizer, backbone.embedding)
     nn.init.normal_(extractor.logits)
     batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
-    embeddings, mask, _ = extractor(batch, backbone.embedding)
+    embeddings, mask = extractor(batch, backbone.embedding)[:2]
     weight = backbone.embedding.weight
     for row, task in enumerate([1, 0, 1]):
         expected, used = [], []
@@ -113,10 +113,10 @@ def test_a_mixture_equals_the_obvious_loop(tokenizer, tasks, backbone):
 
 
 def test_straight_through_is_one_hot_forward_and_softmax_backward():
-    logits = torch.tensor([[0.3, -1.0, 0.9], [2.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([[[0.3, -1.0, 0.9]], [[2.0, 0.0, 1.0]]], dtype=torch.float64, requires_grad=True)
     values = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
     hard, soft = StraightThrough(temperature=0.5).weights(logits), Soft(temperature=0.5).weights(logits)
-    assert hard.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert hard.tolist() == [[[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]]]
     assert torch.equal(*(torch.autograd.grad((w * values).sum(), logits)[0] for w in (hard, soft)))
 
 
@@ -158,7 +158,7 @@ def test_the_expected_loss_draws_one_candidate_where_nothing_is_differentiated(t
 def test_the_expected_loss_is_refused_for_several_slots(tokenizer, tasks, backbone):
     extractor = ExtractorDP(slots=2, candidates=3, relaxation=ExpectedLoss())
     extractor.build(tasks, tokenizer, backbone.embedding)
-    with pytest.raises(ConfigurationError, match="ExpectedLoss sums over the candidates of one slot, and `slots` is 2"):
+    with pytest.raises(ConfigurationError, match="ExpectedLoss sums over all candidates of one slot, and `slots` is 2"):
         extractor(batch_of(tokenizer, INPUTS, [0, 1, 0]), backbone.embedding)
 
 
@@ -232,13 +232,15 @@ def test_what_was_learned_can_be_read(tokenizer, tasks, backbone):
 
 
 def test_candidates_are_positive_examples_then_instances(tasks):
-    texts = CandidatePool().texts(tasks[0], 6)
+    candidates = CandidatePool().candidates(tasks[0], 6)
+    texts = [candidate.text(explanations=False) for candidate in candidates]
     assert [text.startswith("Input: apple") for text in texts] == [True] * 3 + [False] * 3
+    assert [candidate.instance >= 0 for candidate in candidates] == [False] * 3 + [True] * 3
     assert len(set(texts)) == 6
-    assert texts == CandidatePool().texts(tasks[0], 6)
-    assert CandidatePool(positive_examples=False, seed=1).texts(tasks[0], 4) != CandidatePool(
-        positive_examples=False
-    ).texts(tasks[0], 4)
+    assert candidates == CandidatePool().candidates(tasks[0], 6)
+    pools = [CandidatePool(positive_examples=False, seed=seed).candidates(tasks[0], 4) for seed in (0, 1)]
+    assert pools[0] != pools[1]
+    assert len(CandidatePool().candidates(tasks[0], 6, unseen=True)) == 3  # an unseen task's instances have answers
 
 
 def test_random_exemplars_are_drawn_anew_and_without_repetition(tokenizer, tasks, backbone):
@@ -248,7 +250,7 @@ def test_random_exemplars_are_drawn_anew_and_without_repetition(tokenizer, tasks
     batch = batch_of(tokenizer, ["wolf"] * 64, [0] * 64)
     embeddings = random(batch, backbone.embedding).embeddings
     first, second = embeddings.chunk(2, dim=1)
-    header = random.header_ids.shape[1]
+    header = random.header_ids.shape[-1]
     assert len({tuple(row.flatten().tolist()) for row in first[:, header:]}) == 3
     assert not any(torch.equal(a[header:], b[header:]) for a, b in zip(first, second, strict=True))
 
@@ -267,8 +269,8 @@ def test_cut_candidates_are_counted(tokenizer, tasks, backbone, caplog):
         (lambda: Normal(std=0.0), "`std` of a normal initialization must be positive, got 0"),
         (lambda: Soft(temperature=0.0), "`temperature` must be positive, got 0"),
         (lambda: ExtractorDP(slots=0), "`slots` of an extractor must be 1 or more, got 0"),
-        (lambda: ExtractorDP(slots=3, candidates=2), "cannot fill 3 `slots` from 2 `candidates`"),
-        (lambda: CandidatePool(positive_examples=False, instances=False), "needs `positive_examples` or `instances`"),
+        (lambda: ExtractorDP(slots=3, candidates=2), r"chooses 3 exemplars \(`slots`\) among 2"),
+        (lambda: CandidatePool(positive_examples=False, instances=False), "and has none of them"),
     ],
 )
 def test_bad_options_are_named(make, message):
@@ -277,8 +279,11 @@ def test_bad_options_are_named(make, message):
 
 
 def test_too_few_candidates_name_the_task(tokenizer, tasks, backbone):
-    with pytest.raises(ConfigurationError, match="`task001` has 7 candidate exemplars and 8 are asked for"):
-        ExtractorDP(candidates=8).build(tasks, tokenizer, backbone.embedding)
+    pool = CandidatePool(instances=False)
+    with pytest.raises(ConfigurationError, match="`task001` has 3 candidate exemplars for 4 `slots`"):
+        ExtractorDP(slots=4, candidates=8, pool=pool).build(tasks, tokenizer, backbone.embedding)
+    with pytest.raises(ConfigurationError, match="one of which may be the instance itself"):
+        ExtractorDP(slots=7, candidates=8).build(tasks, tokenizer, backbone.embedding)
 
 
 class TestSeq2Seq:

@@ -39,12 +39,16 @@ class Backbone(nn.Module, ABC):
     def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's target tokens.
 
-        Where the instruction has several alternatives for an instance, its loss is their weighted mean.
+        Where the instruction has several alternatives for an instance, its loss is their weighted mean. Where it weighs
+        instances, their losses are multiplied; the mean is still that over all target tokens.
         """
 
     @abstractmethod
-    def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
-        """Greedy outputs of ``[input]`` as token ids ``(batch, up to max_new_tokens + 1)``."""
+    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
+        """Greedy outputs of ``[instruction ; input]`` as token ids ``(batch, up to max_new_tokens + 1)``.
+
+        The instruction has no alternatives.
+        """
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

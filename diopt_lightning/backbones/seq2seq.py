@@ -85,19 +85,20 @@ class Seq2Seq(Backbone):
             embeddings, mask = prepend(instruction, embeddings, mask)
         logits = self.model(inputs_embeds=embeddings, attention_mask=mask, labels=batch.labels).logits
         losses = token_losses(logits, batch.labels)
+        weight = instruction.weight if instruction is not None else None
+        if weight is not None:
+            losses = (weight if alternatives is None else weight[alternatives.instance]) * losses
         return (losses if alternatives is None else alternatives.weight * losses).sum() / num_targets
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
+    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Greedy outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
         generate = cast(Callable[..., Tensor], self.model.generate)
-        return generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
+        source: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if instruction is not None:
+            embeddings, mask = prepend(instruction, self.embedding(batch.input_ids), batch.attention_mask)
+            source = {"inputs_embeds": embeddings, "attention_mask": mask}
+        return generate(**source, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
 
 
 class RandomSeq2Seq(Seq2Seq):

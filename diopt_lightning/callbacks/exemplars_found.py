@@ -38,6 +38,6 @@ class ExemplarsFound(pl.Callback):
 
 def exemplars_found(extractor: ExtractorDP) -> float:
     """Share of tasks whose most likely exemplar is not blank."""
-    chosen = extractor.logits[:, 0].argmax(dim=-1).tolist()
+    chosen = extractor.probabilities()[:, 0].argmax(dim=-1).tolist()
     found = [BLANK not in texts[choice] for texts, choice in zip(extractor.candidate_texts, chosen, strict=True)]
     return sum(found) / len(found)

@@ -210,11 +210,17 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def _tokenize(self, split: str) -> "Dataset":
         tasks = self.tasks
-        reserved = self._reserved_length() if split == "train" else 0
+        reserved = self._reserved_length() if self._instructed(split) else 0
         options = SourceTarget(self.prompts[split], self.max_source_length - reserved, self.max_target_length)
         names = set(getattr(self.splits, split))
         chosen = [(i, task, self._instances(split, task)) for i, task in enumerate(tasks) if task.name in names]
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
+
+    def _instructed(self, split: str) -> bool:
+        """Whether the attached module puts a learned instruction before the sources of a set."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        evaluation = bool(getattr(module, "instructed_evaluation", False))
+        return split == "train" or (evaluation and split in ("dev", "test"))
 
     def _reserved_length(self) -> int:
         """Positions that the learned instruction of the attached module takes from the source limit."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
+from diopt_lightning.errors import ConfigurationError
 
 Embed = Callable[[Tensor], Tensor]
 """The backbone's input embedding: ids ``(...)`` to vectors ``(..., dim)``."""
@@ -33,11 +34,13 @@ class InstructionEmbeddings(NamedTuple):
         embeddings: ``(rows, length, dim)``.
         mask: True where there is a vector ``(rows, length)``; others are left out.
         alternatives: What the rows are, where there are several for an instance. Default: row i is for instance i.
+        weight: What the loss of each instance counts ``(batch,)``. Default: one.
     """
 
     embeddings: Tensor
     mask: Tensor
     alternatives: Alternatives | None = None
+    weight: Tensor | None = None
 
 
 class Instruction(nn.Module, ABC):
@@ -52,18 +55,33 @@ class Instruction(nn.Module, ABC):
     def length(self) -> int:
         """Positions that the longest instruction takes before the input."""
 
+    @property
+    def works_on_unseen_tasks(self) -> bool:
+        """Whether it has an instruction for tasks that it did not learn from, as what an instance is converted to."""
+        return False
+
     @abstractmethod
-    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
         """Make the parameters.
 
         Args:
             tasks: The train tasks, in the order in which a batch's ``task`` counts them.
             tokenizer: The backbone's tokenizer.
             embedding: The backbone's input embedding, for its width and for initial values.
+            unseen: Tasks that it is used on and does not learn from; a batch's ``task`` counts them after ``tasks``.
 
         Raises:
             ConfigurationError: If an option does not fit the tasks.
         """
+
+    def advance(self) -> None:
+        """Count a step of the optimizer of phi, which schedules follow."""
 
     @abstractmethod
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
@@ -75,6 +93,21 @@ class Instruction(nn.Module, ABC):
         A discrete choice is that of the likeliest. ``None`` where instructions depend on the instance.
         """
         return None
+
+    def rows(self, task: Tensor, names: Sequence[str]) -> Tensor:
+        """Return ``task`` as indices of rows for the tasks ``names``.
+
+        Raises:
+            ConfigurationError: If a task has no row.
+        """
+        # On a GPU the look would wait for it; there, an index out of range is PyTorch's own error.
+        if task.device.type == "cpu" and len(task) and int(task.max()) >= len(names):
+            raise ConfigurationError(
+                f"{type(self).__name__} has free parameters for each of its {len(names)} train tasks and none for the "
+                f"task with index {int(task.max())}: use a form that is computed from an instance (`EmbedderIC`, "
+                "`ExtractorIC`) on unseen tasks."
+            )
+        return task
 
     @abstractmethod
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:

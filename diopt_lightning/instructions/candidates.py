@@ -10,18 +10,44 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import pad
-from diopt_lightning.data.prompts import example_body, example_header
+from diopt_lightning.data.prompts import close, example_body, example_header
 from diopt_lightning.data.tasks import Example, Task
 from diopt_lightning.errors import ConfigurationError
+
+# What a candidate is, and so which header stands before it: a definition has none.
+KINDS = ("Positive", "Negative", "Definition")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of a task.
+
+    Args:
+        kind: ``Positive``, ``Negative`` or ``Definition``.
+        example: What it shows; of a definition, the text is the input.
+        instance: Position of the instance that it was taken from in its task's file, or -1 for what was annotated.
+    """
+
+    kind: str
+    example: Example
+    instance: int = -1
+
+    def text(self, explanations: bool) -> str:
+        """The text as a prompt shows it, after the header."""
+        if self.kind == "Definition":
+            return f"Definition: {close(self.example.input)}\n\n"
+        return example_body(self.example, explanations and self.instance < 0)
 
 
 @dataclass(frozen=True)
 class CandidatePool:
-    """Where candidates come from.
+    """Where candidates come from: any mixture, in this order.
 
     Args:
-        positive_examples: Take the annotated positive examples of the task, first of all.
-        instances: Fill up with instances of the task, drawn at random.
+        positive_examples: Take the annotated positive examples of the task.
+        negative_examples: Take the annotated negative examples, under the header of a negative example.
+        definitions: Take all definitions of the task; those after the first are paraphrases where the data has them.
+        instances: Fill up with instances of the task, drawn at random. An instance never gets itself as an exemplar.
         explanations: Give the explanations of annotated examples.
         seed: Seed of the drawn instances.
 
@@ -30,84 +56,126 @@ class CandidatePool:
     """
 
     positive_examples: bool = True
+    negative_examples: bool = False
+    definitions: bool = False
     instances: bool = True
     explanations: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.positive_examples or self.instances):
-            raise ConfigurationError("A candidate pool needs `positive_examples` or `instances`, and has neither.")
-
-    def examples(self, task: Task, number: int) -> list[Example]:
-        """The first ``number`` candidates of a task.
-
-        Raises:
-            ConfigurationError: If the task has fewer.
-        """
-        examples = list(task.positive_examples) if self.positive_examples else []
-        if self.instances:
-            generator = random.Random(f"candidates/{self.seed}/{task.name}")
-            drawn = generator.sample(task.instances, len(task.instances))
-            # An instance without an answer teaches nothing as an exemplar.
-            examples += [Example(i.input, i.outputs[0]) for i in drawn if i.outputs[0].strip()]
-        if len(examples) < number:
+        if not (self.positive_examples or self.negative_examples or self.definitions or self.instances):
             raise ConfigurationError(
-                f"The task `{task.name}` has {len(examples)} candidate exemplars and {number} are asked for: lower "
-                "`candidates`, or let the pool take `positive_examples` and `instances` both."
+                "A candidate pool needs `positive_examples`, `negative_examples`, `definitions` or `instances`, and "
+                "has none of them."
             )
-        return examples[:number]
 
-    def texts(self, task: Task, number: int) -> list[str]:
-        """The bodies of ``number`` candidates of a task, as a prompt shows them after the header; as above."""
-        return [example_body(example, self.explanations) for example in self.examples(task, number)]
+    def candidates(self, task: Task, number: int, unseen: bool = False) -> list[Candidate]:
+        """Up to ``number`` candidates of a task.
+
+        Args:
+            task: The task.
+            number: How many at most.
+            unseen: Whether the task is not trained on: its instances have answers that nothing may look at.
+        """
+        found: list[Candidate] = []
+        if self.positive_examples:
+            found += [Candidate("Positive", example) for example in task.positive_examples]
+        if self.negative_examples:
+            found += [Candidate("Negative", example) for example in task.negative_examples]
+        if self.definitions:
+            found += [Candidate("Definition", Example(definition, "")) for definition in task.definitions]
+        if self.instances and not unseen:
+            generator = random.Random(f"candidates/{self.seed}/{task.name}")
+            drawn = generator.sample(range(len(task.instances)), len(task.instances))
+            for position in drawn:
+                instance = task.instances[position]
+                # An instance without an answer teaches nothing as an exemplar.
+                if instance.outputs[0].strip():
+                    found.append(Candidate("Positive", Example(instance.input, instance.outputs[0]), position))
+        return found[:number]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokenized candidates of all train tasks.
+    """Tokenized candidates of tasks.
 
     Args:
         ids: ``(tasks, candidates, length)``, padded at the end.
-        mask: True on tokens, of the same shape.
-        headers: Tokens of the header of each slot, ``(slots, header_length)``, padded at the end.
+        mask: True on tokens, of the same shape; nowhere for a candidate that a task does not have.
+        headers: Tokens of the header of each kind and slot, ``(kinds, slots, header_length)``, padded at the end.
         header_mask: True on tokens, of the same shape.
-        texts: The bodies, by task and candidate.
-        examples: What the bodies show, likewise.
+        kinds: Which of ``headers`` each candidate has, ``(tasks, candidates)``.
+        instances: Position of the instance that each was taken from, or -1, ``(tasks, candidates)``.
+        rows: The candidates, by task.
+        texts: What the model reads of them, after the header, likewise.
     """
 
     ids: Tensor
     mask: Tensor
     headers: Tensor
     header_mask: Tensor
+    kinds: Tensor
+    instances: Tensor
+    rows: list[list[Candidate]]
     texts: list[list[str]]
-    examples: list[list[Example]]
 
 
 def tokenize_candidates(
-    tasks: Sequence[Task], pool: CandidatePool, number: int, slots: int, length: int, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Sequence[Candidate]],
+    number: int,
+    slots: int,
+    length: int,
+    explanations: bool,
+    cut: bool,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Candidates:
-    """Tokenize ``number`` candidates of every task, cut at the end to ``length`` tokens; cuts are counted and said.
+    """Tokenize candidates, cut at the end to ``length`` tokens; cuts are counted and said.
 
     The header of a slot (`` Positive Example 1 -``) is not part of a candidate, because every slot has its own.
+
+    Args:
+        rows: The candidates of each task.
+        number: Candidates of a task at most; tasks with fewer are padded.
+        slots: Exemplars that are chosen.
+        length: Tokens of a candidate at most.
+        explanations: Whether annotated examples are given with their explanations.
+        cut: Whether longer ones are cut, instead of refused.
+        tokenizer: The backbone's tokenizer.
+
+    Raises:
+        ConfigurationError: If a candidate is longer and must not be cut.
     """
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    texts = [pool.texts(task, number) for task in tasks]
-    examples = [pool.examples(task, number) for task in tasks]
-    rows = [[encode(text) for text in candidates] for candidates in texts]
-    cut = sum(len(ids) > length for candidates in rows for ids in candidates)
-    if cut:
-        rank_zero_info(f"candidates: {cut:,} of {len(tasks) * number:,} cut to {length} tokens (`candidate_length`)")
-    longest = min(length, max(len(ids) for candidates in rows for ids in candidates))
-    ids = torch.full((len(tasks), number, longest), tokenizer.pad_token_id)
+    texts = [[candidate.text(explanations) for candidate in candidates] for candidates in rows]
+    encoded = [[encode(text) for text in candidates] for candidates in texts]
+    too_long = [(text, ids) for t, e in zip(texts, encoded, strict=True) for text, ids in zip(t, e, strict=True)]
+    too_long = [(text, ids) for text, ids in too_long if len(ids) > length]
+    if too_long and not cut:
+        text, tokens = too_long[0]
+        raise ConfigurationError(
+            f"{len(too_long)} candidates are longer than `candidate_length`, {length} tokens; the first has "
+            f"{len(tokens)}: {text[:60]!r}. Raise the limit, or let them be cut (`cut_candidates`)."
+        )
+    if too_long:
+        total = sum(map(len, rows))
+        rank_zero_info(f"candidates: {len(too_long):,} of {total:,} cut to {length} tokens (`candidate_length`)")
+    longest = min(length, max(len(ids) for candidates in encoded for ids in candidates))
+    ids = torch.full((len(rows), number, longest), tokenizer.pad_token_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for t, candidates in enumerate(rows):
+    kinds, instances = torch.zeros(ids.shape[:2], dtype=torch.long), torch.full(ids.shape[:2], -1)
+    used = [kind for kind in KINDS if any(candidate.kind == kind for row in rows for candidate in row)]
+    for t, candidates in enumerate(encoded):
         for n, row in enumerate(candidates):
             kept = row[:longest]
             ids[t, n, : len(kept)] = torch.tensor(kept)
             mask[t, n, : len(kept)] = True
-    headers = [encode(example_header("Positive", slot + 1)) for slot in range(slots)]
-    header_mask = pad([[1] * len(header) for header in headers], 0).bool()
-    return Candidates(ids, mask, pad(headers, tokenizer.pad_token_id), header_mask, texts, examples)
+            kinds[t, n], instances[t, n] = used.index(rows[t][n].kind), rows[t][n].instance
+    headers = [
+        encode(example_header(kind, slot + 1)) if kind != "Definition" else [] for kind in used for slot in range(slots)
+    ]
+    header_ids = pad(headers, tokenizer.pad_token_id).view(len(used), slots, -1)
+    header_mask = pad([[1] * len(header) for header in headers], 0).view(header_ids.shape).bool()
+    return Candidates(ids, mask, header_ids, header_mask, kinds, instances, [list(row) for row in rows], texts)

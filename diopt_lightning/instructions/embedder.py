@@ -1,6 +1,6 @@
 """The instruction embedder: a continuous instruction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,25 +49,21 @@ class EmbedderDP(Instruction):
         """Vectors of an instruction."""
         return self._length
 
-    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
         """Make ``weight``, of shape ``(tasks, length, dim)``; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.weight = nn.Parameter(self.init(tasks, self.length, tokenizer, embedding))
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return for each task the vocabulary token nearest to each vector by cosine, and the cosines."""
-        vocabulary = F.normalize(embedding.weight.detach()[: len(tokenizer)].float(), dim=-1)
-        described = []
-        for name, rows in zip(self.task_names, self.weight.detach().float(), strict=True):
-            cosine, nearest = (F.normalize(rows, dim=-1) @ vocabulary.T).max(dim=-1)
-            described.append(
-                {
-                    "task": name,
-                    "nearest_tokens": tokenizer.convert_ids_to_tokens(nearest.tolist()),
-                    "cosine": [round(value, 4) for value in cosine.tolist()],
-                }
-            )
-        return described
+        read = nearest_tokens(self.weight.detach(), tokenizer, embedding)
+        return [{"task": name, **tokens} for name, tokens in zip(self.task_names, read, strict=True)]
 
     def task_embeddings(self, embed: Embed) -> list[Tensor]:
         """Return each task's matrix; see :class:`Instruction`."""
@@ -75,5 +71,24 @@ class EmbedderDP(Instruction):
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the matrix of each instance's task, ``(batch, length, dim)``."""
-        embeddings = self.weight[batch.task]
+        embeddings = self.weight[self.rows(batch.task, self.task_names)]
         return InstructionEmbeddings(embeddings, torch.ones_like(embeddings[..., 0], dtype=torch.bool))
+
+
+def nearest_tokens(
+    vectors: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
+) -> list[dict[str, Any]]:
+    """Read soft instructions as the vocabulary tokens nearest to their vectors, with the cosines.
+
+    Args:
+        vectors: For each task ``(length, dim)``; compared with the whole vocabulary one task at a time, to save memory.
+        tokenizer: The backbone's tokenizer.
+        embedding: The backbone's input embedding.
+    """
+    vocabulary = F.normalize(embedding.weight.detach()[: len(tokenizer)].float(), dim=-1)
+    read = []
+    for rows in vectors:
+        cosine, nearest = (F.normalize(rows.float(), dim=-1) @ vocabulary.T).max(dim=-1)
+        tokens = tokenizer.convert_ids_to_tokens(nearest.tolist())
+        read.append({"nearest_tokens": tokens, "cosine": [round(value, 4) for value in cosine.tolist()]})
+    return read

@@ -1,6 +1,7 @@
 """Instructions that are exemplars, chosen among candidates."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Example, Task
+from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
-from diopt_lightning.instructions.candidates import CandidatePool, tokenize_candidates
+from diopt_lightning.instructions.candidates import Candidate, CandidatePool, tokenize_candidates
 
 # Positions set aside for ` Positive Example 1 -`, which is 5 tokens in T5's vocabulary.
 HEADER_LENGTH = 8
@@ -22,13 +23,18 @@ class Extractor(Instruction):
 
     With weights :math:`p` over the candidates, slot :math:`i` of the instruction is its header (`` Positive Example i
     -``) followed by :math:`\sum_j p_{ij} E(\text{candidate}_j)`, position by position. With one-hot weights that is the
-    embedded text of the chosen exemplar, token by token; otherwise a position is used if any candidate reaches it.
+    embedded text of the chosen exemplar, token by token; otherwise a position is used if any candidate reaches it. An
+    instance is never its own exemplar.
 
     Args:
         slots: :math:`k`, the exemplars to choose.
-        candidates: :math:`N`, the candidates of each task.
-        candidate_length: Tokens of a candidate; longer ones are cut.
+        candidates: :math:`N`, the candidates of each task at most.
+        candidate_length: Tokens of a candidate.
         pool: Where candidates come from.
+        repeats: Whether slots may choose the same candidate.
+        candidates_per_instance: Candidates that each instance chooses among, drawn anew for every instance of every
+            batch. ``None`` for all.
+        cut_candidates: Whether longer candidates are cut, and counted, instead of refused.
 
     Raises:
         ConfigurationError: If a number is not positive, or there are more slots than candidates.
@@ -36,48 +42,120 @@ class Extractor(Instruction):
 
     candidate_ids: Tensor
     candidate_mask: Tensor
+    candidate_kinds: Tensor
+    candidate_instances: Tensor
+    available: Tensor
     header_ids: Tensor
     header_mask: Tensor
 
-    def __init__(self, slots: int, candidates: int, candidate_length: int, pool: CandidatePool) -> None:
+    def __init__(
+        self,
+        slots: int,
+        candidates: int,
+        candidate_length: int,
+        pool: CandidatePool,
+        repeats: bool = False,
+        candidates_per_instance: int | None = None,
+        cut_candidates: bool = True,
+    ) -> None:
         super().__init__()
-        for name, value in {"slots": slots, "candidates": candidates, "candidate_length": candidate_length}.items():
+        numbers = {"slots": slots, "candidates": candidates, "candidate_length": candidate_length}
+        for name, value in numbers.items():
             if value < 1:
                 raise ConfigurationError(f"`{name}` of an extractor must be 1 or more, got {value}.")
-        if slots > candidates:
+        among = candidates if candidates_per_instance is None else min(candidates, candidates_per_instance)
+        if slots > among and not repeats:
             raise ConfigurationError(
-                f"An extractor cannot fill {slots} `slots` from {candidates} `candidates`: raise `candidates` or lower "
-                "`slots`."
+                f"An extractor chooses {slots} exemplars (`slots`) among {among} (`candidates`, or "
+                "`candidates_per_instance`): it needs at least as many candidates, or `repeats`."
             )
+        if among < 1:
+            raise ConfigurationError(f"`candidates_per_instance` must be 1 or more, got {candidates_per_instance}.")
         self.slots = slots
         self.candidates = candidates
         self.candidate_length = candidate_length
         self.pool = pool
+        self.repeats = repeats
+        self.candidates_per_instance = candidates_per_instance
+        self.cut_candidates = cut_candidates
         self.task_names: list[str] = []
+        self.candidate_rows: list[list[Candidate]] = []
         self.candidate_texts: list[list[str]] = []
-        self.candidate_examples: list[list[Example]] = []
 
     @property
     def length(self) -> int:
         """Positions of all slots: header and candidate each."""
         return self.slots * (HEADER_LENGTH + self.candidate_length)
 
-    def build(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> None:
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
         """Tokenize the candidates; see :class:`Instruction`."""
-        tokenized = tokenize_candidates(tasks, self.pool, self.candidates, self.slots, self.candidate_length, tokenizer)
-        if tokenized.headers.shape[1] > HEADER_LENGTH:
+        rows = [self.pool.candidates(task, self.candidates) for task in tasks]
+        rows += [self.pool.candidates(task, self.candidates, unseen=True) for task in unseen]
+        for task, row in zip([*tasks, *unseen], rows, strict=True):
+            self._check_number(task, row)
+        tokenized = tokenize_candidates(
+            rows,
+            self.candidates,
+            self.slots,
+            self.candidate_length,
+            self.pool.explanations,
+            self.cut_candidates,
+            tokenizer,
+        )
+        if tokenized.headers.shape[-1] > HEADER_LENGTH:
             raise ConfigurationError(
-                f"The tokenizer makes {tokenized.headers.shape[1]} tokens of the header of an exemplar, and "
+                f"The tokenizer makes {tokenized.headers.shape[-1]} tokens of the header of an exemplar, and "
                 f"{HEADER_LENGTH} are set aside for it: use a tokenizer that knows English words."
             )
         self.task_names = [task.name for task in tasks]
         # Not in the checkpoint: they follow from the data.
-        self.register_buffer("candidate_ids", tokenized.ids, persistent=False)
-        self.register_buffer("candidate_mask", tokenized.mask, persistent=False)
-        self.register_buffer("header_ids", tokenized.headers, persistent=False)
-        self.register_buffer("header_mask", tokenized.header_mask, persistent=False)
-        self.candidate_texts = tokenized.texts
-        self.candidate_examples = tokenized.examples
+        available = tokenized.mask.any(dim=-1)
+        for name, tensor in {
+            "candidate_ids": tokenized.ids,
+            "candidate_mask": tokenized.mask,
+            "candidate_kinds": tokenized.kinds,
+            "candidate_instances": tokenized.instances,
+            "available": available,
+            "header_ids": tokenized.headers,
+            "header_mask": tokenized.header_mask,
+        }.items():
+            self.register_buffer(name, tensor.to(embedding.weight.device), persistent=False)
+        self.candidate_rows, self.candidate_texts = tokenized.rows, tokenized.texts
+        # Where every instance may choose among all candidates there is nothing to mask.
+        self._restricted = (
+            not bool(available.all())
+            or bool((tokenized.instances >= 0).any())
+            or self.candidates_per_instance is not None
+        )
+
+    def _check_number(self, task: Task, row: Sequence[Candidate]) -> None:
+        # An instance that is a candidate itself has one fewer to choose from.
+        usable = len(row) - any(candidate.instance >= 0 for candidate in row)
+        if usable < (1 if self.repeats else self.slots):
+            raise ConfigurationError(
+                f"The task `{task.name}` has {len(row)} candidate exemplars for {self.slots} `slots`"
+                + (", one of which may be the instance itself" if usable < len(row) else "")
+                + ": lower `slots`, or let the `pool` take more kinds of candidates (of a task that is not trained on, "
+                "only annotated ones count)."
+            )
+
+    def allowed(self, batch: Batch) -> Tensor | None:
+        """Which candidates each instance may choose ``(batch, candidates)``; ``None`` where that is all of them."""
+        if not self._restricted:
+            return None
+        allowed = self.available[batch.task] & (self.candidate_instances[batch.task] != batch.instance.unsqueeze(1))
+        if self.candidates_per_instance is None:
+            return allowed
+        # Drawn on the CPU: the same candidates for a seed on every machine.
+        order = torch.rand(allowed.shape).to(allowed.device).masked_fill(~allowed, -1.0)
+        drawn = order.topk(min(self.candidates_per_instance, self.candidates)).indices
+        return torch.zeros_like(allowed).scatter(1, drawn, True) & allowed
 
     def mix(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Mix all candidates of each row's task.
@@ -92,9 +170,20 @@ class Extractor(Instruction):
         """
         mask = self.candidate_mask[task]
         candidates = embed(self.candidate_ids[task]) * mask.unsqueeze(-1)
-        mixed = torch.einsum("rsn,rnld->rsld", weights.to(candidates.dtype), candidates)
+        weights = weights.to(candidates.dtype)
+        mixed = torch.einsum("rsn,rnld->rsld", weights, candidates)
         used = torch.einsum("rsn,rnl->rsl", (weights > 0).float(), mask.float()) > 0
-        return self.join(mixed, used, embed)
+        headers, header_mask = embed(self.header_ids), self.header_mask
+        if len(headers) == 1:
+            return self.join(
+                mixed, used, headers.expand(len(mixed), -1, -1, -1), header_mask.expand(len(mixed), -1, -1)
+            )
+        kinds = nn.functional.one_hot(self.candidate_kinds[task], len(headers)).to(weights.dtype)
+        of_kinds = torch.einsum("rsn,rnk->rsk", weights, kinds)
+        # The header that precedes is mixed as what follows it is.
+        mixed_headers = torch.einsum("rsk,kshd->rshd", of_kinds, headers * header_mask.unsqueeze(-1))
+        used_headers = torch.einsum("rsk,ksh->rsh", (of_kinds > 0).float(), header_mask.float()) > 0
+        return self.join(mixed, used, mixed_headers, used_headers)
 
     def choose(self, task: Tensor, choice: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Take one candidate for each slot: as :meth:`mix` with one-hot weights, without embedding the others.
@@ -106,15 +195,64 @@ class Extractor(Instruction):
         """
         task = task.unsqueeze(1)
         mask = self.candidate_mask[task, choice]
-        return self.join(embed(self.candidate_ids[task, choice]) * mask.unsqueeze(-1), mask, embed)
+        bodies = embed(self.candidate_ids[task, choice]) * mask.unsqueeze(-1)
+        kinds, slots = self.candidate_kinds[task, choice], torch.arange(self.slots, device=choice.device)
+        return self.join(bodies, mask, embed(self.header_ids[kinds, slots]), self.header_mask[kinds, slots])
 
-    def join(self, bodies: Tensor, mask: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def join(self, bodies: Tensor, mask: Tensor, headers: Tensor, header_mask: Tensor) -> InstructionEmbeddings:
         """Put each slot's header before its exemplar ``(batch, slots, length, dim)`` and the slots in a row."""
-        headers = embed(self.header_ids).expand(len(bodies), -1, -1, -1)
-        header_mask = self.header_mask.expand(len(bodies), -1, -1)
         return InstructionEmbeddings(
             torch.cat([headers, bodies], dim=2).flatten(1, 2), torch.cat([header_mask, mask], dim=2).flatten(1, 2)
         )
+
+    def described(self, probabilities: Tensor) -> list[dict[str, Any]]:
+        """Say which exemplars are likeliest, for ``probabilities`` of ``(tasks, slots, candidates)``.
+
+        ``exemplar`` is what the model reads; ``input``, ``output`` and ``explanation`` are the same as the data has it,
+        and ``kind`` is what it is taken for.
+        """
+        choices = without_repetition(probabilities, self.repeats).argmax(dim=-1)
+        described = []
+        for task, name in enumerate(self.task_names):
+            slots = []
+            for slot, choice in enumerate(choices[task].tolist()):
+                candidate = self.candidate_rows[task][choice]
+                slots.append(
+                    {
+                        "candidate": choice,
+                        "probability": round(probabilities[task, slot, choice].item(), 4),
+                        "exemplar": self.candidate_texts[task][choice].strip(),
+                        "kind": candidate.kind,
+                        **asdict(candidate.example),
+                    }
+                )
+            described.append({"task": name, "slots": slots})
+        return described
+
+
+def without_repetition(scores: Tensor, repeats: bool) -> Tensor:
+    """Rule out, in each slot, the candidates that the slots before it choose.
+
+    Args:
+        scores: By which each slot chooses the largest, ``(rows, slots, candidates)``.
+        repeats: Whether to rule out nothing.
+
+    Returns:
+        The scores with minus infinity for what is ruled out.
+
+    Example:
+        >>> without_repetition(torch.tensor([[[2.0, 1.0, 0.0], [3.0, 1.0, 2.0]]]), repeats=False)
+        tensor([[[2., 1., 0.],
+                 [-inf, 1., 2.]]])
+    """
+    if repeats or scores.shape[1] == 1:
+        return scores
+    taken = torch.zeros_like(scores[:, 0], dtype=torch.bool)
+    slots = []
+    for slot in scores.unbind(dim=1):
+        slots.append(slot.masked_fill(taken, -torch.inf))
+        taken = taken.scatter(1, slots[-1].argmax(dim=-1, keepdim=True), True)
+    return torch.stack(slots, dim=1)
 
 
 class RandomExemplar(Extractor):
@@ -124,7 +262,7 @@ class RandomExemplar(Extractor):
 
     Args:
         slots: The exemplars to draw for each instance, without repetition.
-        candidates: The candidates of each task.
+        candidates: The candidates of each task at most.
         candidate_length: Tokens of a candidate; longer ones are cut, and counted.
         pool: Where candidates come from.
 
@@ -137,12 +275,19 @@ class RandomExemplar(Extractor):
     ) -> None:
         super().__init__(slots, candidates, candidate_length, pool)
 
+    @property
+    def works_on_unseen_tasks(self) -> bool:
+        """There is nothing that it would have to know of a task."""
+        return True
+
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return the names of the tasks alone, as nothing is learned."""
         return [{"task": name} for name in self.task_names]
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return random exemplars of each instance's task."""
+        allowed = self.allowed(batch)
         # Drawn on the CPU: the same exemplars for a seed on every machine.
-        drawn = torch.rand(len(batch.task), self.candidates).topk(self.slots).indices.to(batch.task.device)
+        order = torch.rand(len(batch.task), self.candidates).to(batch.task.device)
+        drawn = (order if allowed is None else order.masked_fill(~allowed, -1.0)).topk(self.slots).indices
         return self.choose(batch.task, drawn, embed)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 
@@ -67,12 +68,65 @@ class Definition(Initialization):
         self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
     ) -> Tensor:
         """Embed the first definition of every task."""
-        rows = []
+        return embedded_texts(tasks, [task.definitions[0] for task in tasks], length, tokenizer, embedding)
+
+
+class Exemplar(Initialization):
+    """The embedded first positive example of each task, cut to the length, or repeated where it is shorter."""
+
+    def __call__(
+        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
+    ) -> Tensor:
+        """Embed the first positive example of every task, as a prompt shows it."""
+        texts = []
         for task in tasks:
-            ids = tokenizer(task.definitions[0], add_special_tokens=False, verbose=False)["input_ids"]
-            if not ids:
-                raise ConfigurationError(
-                    f"The definition of the task `{task.name}` has no tokens: choose another init."
-                )
-            rows.append((ids * -(-length // len(ids)))[:length])
-        return embedding.weight.detach()[torch.tensor(rows, device=embedding.weight.device)].clone()
+            if not task.positive_examples:
+                raise ConfigurationError(f"The task `{task.name}` has no positive example: choose another init.")
+            texts.append(example_header("Positive", 1) + example_body(task.positive_examples[0]))
+        return embedded_texts(tasks, texts, length, tokenizer, embedding)
+
+
+class SharedInCategory(Initialization):
+    """One initial value for all tasks of a category; they part while they learn.
+
+    Args:
+        init: Makes the value, of the first task of the category. Default: normal; with
+            :class:`~diopt_lightning.instructions.Vocabulary` the category's tasks share the same words.
+    """
+
+    def __init__(self, init: Initialization | None = None) -> None:
+        self.init = init if init is not None else Normal()
+
+    def __call__(
+        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
+    ) -> Tensor:
+        """Make one value for each category and give it to its tasks."""
+        first = list({task.category: task for task in reversed(tasks)}.values())
+        values = dict(
+            zip((task.category for task in first), self.init(first, length, tokenizer, embedding), strict=True)
+        )
+        return torch.stack([values[task.category] for task in tasks])
+
+
+def embedded_texts(
+    tasks: Sequence[Task],
+    texts: Sequence[str],
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    embedding: nn.Embedding,
+) -> Tensor:
+    """Embed a text of each task, cut to the length, or repeated where it is shorter.
+
+    Returns:
+        ``(tasks, length, dim)``.
+
+    Raises:
+        ConfigurationError: If a text has no tokens.
+    """
+    rows = []
+    for task, text in zip(tasks, texts, strict=True):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
+        rows.append((ids * -(-length // len(ids)))[:length])
+    return embedding.weight.detach()[torch.tensor(rows, device=embedding.weight.device)].clone()

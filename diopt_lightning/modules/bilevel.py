@@ -261,6 +261,7 @@ class BilevelModule(pl.LightningModule, ABC):
         optimizer.zero_grad()
         self._advance_scheduler("outer")
         self.outer_steps_taken += 1
+        self.on_outer_step_end()
         loss = torch.stack([estimate.outer_loss for estimate in estimates]).mean()
         self.log("outer_loss", loss, prog_bar=True)
         self.log("hypergradient/norm", norm)
@@ -268,6 +269,9 @@ class BilevelModule(pl.LightningModule, ABC):
             values = [estimate.statistics[name] for estimate in estimates if name in estimate.statistics]
             self.log(f"hypergradient/{name}", sum(values) / len(values))
         return loss
+
+    def on_outer_step_end(self) -> None:
+        """Called after every step of the outer optimizer; override it for what follows the outer parameters."""
 
     def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
         """Estimate the hypergradient at the current parameters, with dropout off.

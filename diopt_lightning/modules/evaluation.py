@@ -10,8 +10,9 @@ from torchmetrics import MetricCollection
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions import Instruction
+from diopt_lightning.instructions import Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import ExactMatch, RougeL
 
 
@@ -37,12 +38,14 @@ class InstructionEvaluation(pl.LightningModule):
         backbone: The language model.
         instruction: The learnable instruction, or ``None``.
         max_new_tokens: Tokens that are generated at most.
+        instructed_evaluation: Whether dev and test tasks are given the learned instruction before the human-written one.
         scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
     """
 
     backbone: Backbone
     instruction: Instruction | None
     max_new_tokens: int
+    instructed_evaluation: bool
     scores: dict[str, dict[str, float]]
 
     @property
@@ -71,18 +74,38 @@ class InstructionEvaluation(pl.LightningModule):
             return
         self.backbone.build(self.data.tokenizer)
         if self.instruction is not None:
-            self.instruction.build(self.data.split_tasks("train"), self.data.tokenizer, self.backbone.embedding)
+            train = self.data.split_tasks("train")
+            unseen = self.data.tasks[len(train) :] if self.instructed_evaluation else []
+            self._check_unseen(unseen)
+            self.instruction.build(train, self.data.tokenizer, self.backbone.embedding, unseen)
         for stage in ("dev", "test"):
             categories = {task.name: task.category for task in self.data.split_tasks(stage)}
             if categories:
                 setattr(self, f"{stage}_metrics", Metrics(categories))
         self.scores = {}
 
+    def _check_unseen(self, unseen: Sequence[Task]) -> None:
+        if unseen and self.instruction is not None and not self.instruction.works_on_unseen_tasks:
+            names = [task.name for task in unseen if task.name in {*self.data.splits.dev, *self.data.splits.test}]
+            raise ConfigurationError(
+                f"{type(self.instruction).__name__} has no instruction for {len(names)} dev and test tasks, such as "
+                f"`{names[0]}`: set `instructed_evaluation` to false, or use a form that is computed from an instance "
+                "without its target (`EmbedderIC` or `ExtractorIC` with `targets: false`)."
+            )
+
+    def instruct(self, batch: Batch) -> InstructionEmbeddings | None:
+        """Return the learned instruction of each instance of a dev or test batch, where they are given one."""
+        if self.instruction is None or not self.instructed_evaluation:
+            return None
+        instruction: InstructionEmbeddings = self.instruction(batch, self.backbone.embedding)
+        return instruction._replace(weight=None)  # what an instance counts in training is no matter here
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was learned, to read without the data: see :meth:`describe_instruction`."""
         super().on_save_checkpoint(checkpoint)
         if self.instruction is not None:
-            checkpoint["instruction"] = self.describe_instruction()
+            # A callback may have put something there already.
+            checkpoint.setdefault("instruction", {}).update(self.describe_instruction())
 
     def describe_instruction(self) -> dict[str, Any]:
         """Return what was learned, as numbers and text alone.
@@ -122,14 +145,14 @@ class InstructionEvaluation(pl.LightningModule):
     def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
         targets = int((batch.labels != IGNORED_LABEL).sum())
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
-        loss = self.backbone.loss(batch)
+        loss = self.backbone.loss(batch, self.instruct(batch))
         self.log(f"{stage}/loss", loss, batch_size=targets, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
         predictions = self._predict(batch)
         getattr(self, f"{stage}_metrics").update(predictions)
         return predictions
 
     def _predict(self, batch: Batch) -> list[Prediction]:
-        outputs = self.backbone.generate(batch, self.max_new_tokens)
+        outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
         texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         tasks = self.data.tasks
         predictions: list[Prediction] = []

@@ -42,6 +42,8 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step.
         micro_batches: Parts in which the two batches of a hypergradient are computed, one at a time, to save memory.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
+        instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
+            for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
 
     Raises:
         ConfigurationError: If an argument is out of range, or the instruction has nothing to learn.
@@ -72,6 +74,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         outer_accumulation: int = 1,
         micro_batches: int = 1,
         max_new_tokens: int = 128,
+        instructed_evaluation: bool = False,
     ) -> None:
         super().__init__(
             hypergradient=hypergradient,
@@ -91,6 +94,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         self.backbone = backbone
         self.instruction: Instruction = instruction
         self.max_new_tokens = max_new_tokens
+        self.instructed_evaluation = instructed_evaluation
 
     def setup(self, stage: str) -> None:
         """Check before anything is built that there are validation tasks.
@@ -128,6 +132,10 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
     def batch_weight(self, batch: Batch) -> float:
         """Number of target tokens, over which losses are means."""
         return float((batch.labels != IGNORED_LABEL).sum())
+
+    def on_outer_step_end(self) -> None:
+        """Let schedules of the instruction follow."""
+        self.instruction.advance()
 
     def outer_parameters(self) -> Sequence[nn.Parameter]:
         """Parameters of the instruction."""

@@ -33,6 +33,8 @@ class InstructionTuning(InstructionEvaluation):
         instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
         scheduler: Makes a learning rate scheduler that advances after every optimizer step.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
+        instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
+            for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
 
     Raises:
         ConfigurationError: If an argument is out of range.
@@ -50,6 +52,7 @@ class InstructionTuning(InstructionEvaluation):
         instruction_lr: float = 1e-2,
         scheduler: LRSchedulerCallable | None = None,
         max_new_tokens: int = 128,
+        instructed_evaluation: bool = False,
     ) -> None:
         super().__init__()
         if not instruction_lr > 0:
@@ -63,6 +66,7 @@ class InstructionTuning(InstructionEvaluation):
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
         self.max_new_tokens = max_new_tokens
+        self.instructed_evaluation = instructed_evaluation
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of train tasks; an outer batch is left unused."""
@@ -72,6 +76,12 @@ class InstructionTuning(InstructionEvaluation):
         loss = self.backbone.loss(batch["inner"], instruction)
         self.log("inner_loss", loss.detach(), prog_bar=True)
         return {"loss": loss, "inner_loss": loss.detach()}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, and let schedules of the instruction follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.instruction is not None:
+            self.instruction.advance()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer with a group of parameters for the model and one for the instruction."""

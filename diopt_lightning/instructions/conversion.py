@@ -1,0 +1,264 @@
+"""Instance conversion: networks that make an instruction, or an encoding, of an instance."""
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.base import Embed
+
+
+def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
+    """The tokens of instances ``(x, y)``: source and, if asked for, target.
+
+    Returns:
+        Token ids and mask ``(batch, length)``; there may be padding between source and target.
+    """
+    mask = batch.attention_mask.bool()
+    if not targets:
+        return batch.input_ids, mask
+    there = batch.labels != IGNORED_LABEL
+    ids = torch.cat([batch.input_ids, batch.labels.where(there, torch.zeros_like(batch.labels))], dim=1)
+    return ids, torch.cat([mask, there], dim=1)
+
+
+def pooled(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the positions where ``mask`` is true.
+
+    Args:
+        embeddings: ``(..., length, dim)``.
+        mask: ``(..., length)``.
+
+    Returns:
+        ``(..., dim)``; zeros where there is no position.
+
+    Example:
+        >>> pooled(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[True, True, False]]))
+        tensor([[3.]])
+    """
+    weights = mask.unsqueeze(-1).to(embeddings.dtype)
+    return (embeddings * weights).sum(dim=-2) / weights.sum(dim=-2).clamp(min=1)
+
+
+class Encoding(nn.Module, ABC):
+    """Makes one vector of a text: of an instance, or of a candidate exemplar.
+
+    Attributes:
+        width: Length of the vector; known once it is built.
+    """
+
+    width: int
+
+    @abstractmethod
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make the parameters for the backbone's input embedding."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
+        """Encode texts ``(batch, length)`` as ``(batch, width)``."""
+
+
+class Pooled(Encoding):
+    """The mean of the token embeddings, with or without a hidden layer after it.
+
+    Args:
+        hidden: Width of the hidden layer, with a ReLU before and a linear layer after it. Default: none, the mean
+            itself, which has no parameters.
+
+    Raises:
+        ConfigurationError: If ``hidden`` is below 1.
+    """
+
+    def __init__(self, hidden: int | None = None) -> None:
+        super().__init__()
+        if hidden is not None and hidden < 1:
+            raise ConfigurationError(f"`hidden` must be 1 or more, got {hidden}. Leave it out for no hidden layer.")
+        self.hidden = hidden
+        self.layers = nn.Sequential()
+
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make the layers, if any; see :class:`Encoding`."""
+        self.width = embedding.embedding_dim
+        if self.hidden is not None:
+            layers = nn.Sequential(nn.Linear(self.width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.width))
+            self.layers = layers.to(embedding.weight)
+
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
+        """Encode texts; see :class:`Encoding`."""
+        return cast(Tensor, self.layers(pooled(embed(ids), mask)))
+
+
+class Transformer(Encoding):
+    """The mean of a transformer encoder's outputs.
+
+    Args:
+        layers: Layers of a new encoder of the backbone's width.
+        heads: Attention heads of each; they must divide the width.
+        pretrained: Name on the hub, or folder, of a pretrained model whose encoder is taken instead. It is given the
+            backbone's tokens, so it must share the backbone's tokenizer.
+
+    Raises:
+        ConfigurationError: If a number is below 1, or the heads do not divide the width.
+    """
+
+    def __init__(self, layers: int = 1, heads: int = 4, pretrained: str | None = None) -> None:
+        super().__init__()
+        if layers < 1 or heads < 1:
+            raise ConfigurationError(f"`layers` and `heads` must be 1 or more, got {layers} and {heads}.")
+        self.num_layers = layers
+        self.heads = heads
+        self.pretrained = pretrained
+
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make or load the encoder; see :class:`Encoding`."""
+        if self.pretrained is not None:
+            self.encoder = self._load(self.pretrained, embedding)
+            return
+        self.width = embedding.embedding_dim
+        if self.width % self.heads:
+            raise ConfigurationError(
+                f"`heads` is {self.heads}, which does not divide the width of the backbone's embeddings, {self.width}."
+            )
+        # Without dropout: the instruction of an instance is a function of it.
+        layer = nn.TransformerEncoderLayer(
+            self.width, self.heads, 4 * self.width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        encoder = nn.TransformerEncoder(layer, self.num_layers, enable_nested_tensor=False)
+        self.encoder = encoder.to(embedding.weight)
+
+    def _load(self, name: str, embedding: nn.Embedding) -> nn.Module:
+        try:
+            model = cast(PreTrainedModel, AutoModel.from_pretrained(name, dtype=torch.float32))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"Cannot load `{name}` as an encoder: it is neither a folder with a model nor a name on the hub that "
+                f"can be reached ({str(error).strip().splitlines()[0]})."
+            ) from error
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        if vocabulary != embedding.num_embeddings:
+            raise ConfigurationError(
+                f"The encoder `{name}` has a vocabulary of {vocabulary} tokens, and the backbone one of "
+                f"{embedding.num_embeddings}: they must share a tokenizer."
+            )
+        self.width = model.config.hidden_size
+        return cast(nn.Module, encoder).to(embedding.weight)
+
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
+        """Encode texts; see :class:`Encoding`."""
+        if self.pretrained is not None:
+            outputs = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        else:
+            outputs = self.encoder(embed(ids), src_key_padding_mask=~mask)
+        return pooled(outputs, mask)
+
+
+class Conversion(nn.Module, ABC):
+    """Makes a soft instruction of an instance."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Vectors of the longest instruction."""
+
+    @abstractmethod
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make the parameters for the backbone's input embedding."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> tuple[Tensor, Tensor]:
+        """Convert instances ``(batch, instance_length)`` to vectors ``(batch, length, dim)`` and their mask."""
+
+
+class Linear(Conversion):
+    r"""A linear map of the instance's encoding :math:`e(x, y)` to :math:`l` vectors.
+
+    With the default encoding this is the first conversion of the paper, mean-pooled embeddings -> linear -> l x d, and
+    with a :class:`Transformer` its third.
+
+    Args:
+        length: :math:`l`, the vectors of an instruction. Default: 64, as in the embedder with free parameters.
+        encoding: Makes the one vector of an instance. Default: the mean of its token embeddings.
+
+    Raises:
+        ConfigurationError: If the length is not positive.
+    """
+
+    def __init__(self, length: int = 64, encoding: Encoding | None = None) -> None:
+        super().__init__()
+        if length < 1:
+            raise ConfigurationError(f"`length` of a soft instruction must be 1 or more, got {length}.")
+        self._length = length
+        self.encoding = encoding if encoding is not None else Pooled()
+
+    @property
+    def length(self) -> int:
+        """Vectors of an instruction."""
+        return self._length
+
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make encoding and map; see :class:`Conversion`."""
+        self.encoding.build(embedding)
+        self.map = scaled_linear(self.encoding.width, self._length * embedding.embedding_dim, embedding)
+
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> tuple[Tensor, Tensor]:
+        """Convert instances; see :class:`Conversion`."""
+        encoded = unit_scale(self.encoding(ids, mask, embed))
+        vectors = self.map(encoded).view(len(ids), self._length, -1)
+        return vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool)
+
+
+class TokenWise(Conversion):
+    """A linear map of each token of the instance to a vector: the second conversion of the paper.
+
+    Args:
+        max_length: Tokens of an instance that are converted; the rest is left out. Default: 128.
+        relu: Whether a ReLU stands before the map. Default: no.
+
+    Raises:
+        ConfigurationError: If the length is not positive.
+    """
+
+    def __init__(self, max_length: int = 128, relu: bool = False) -> None:
+        super().__init__()
+        if max_length < 1:
+            raise ConfigurationError(f"`max_length` of a token-wise conversion must be 1 or more, got {max_length}.")
+        self.max_length = max_length
+        self.relu = relu
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest instance that is converted whole."""
+        return self.max_length
+
+    def build(self, embedding: nn.Embedding) -> None:
+        """Make the map; see :class:`Conversion`."""
+        self.map = scaled_linear(embedding.embedding_dim, embedding.embedding_dim, embedding)
+
+    def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> tuple[Tensor, Tensor]:
+        """Convert instances; see :class:`Conversion`."""
+        # What is used moves to the front, so that the limit counts tokens and not the padding before a target.
+        order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.max_length]
+        mask = mask.gather(1, order)
+        vectors = unit_scale(embed(ids.gather(1, order)))
+        return self.map(F.relu(vectors) if self.relu else vectors), mask
+
+
+def unit_scale(vectors: Tensor) -> Tensor:
+    """Bring vectors to a mean square of one, as layers are initialized for; models' embeddings differ by hundreds."""
+    return F.rms_norm(vectors, vectors.shape[-1:])
+
+
+def scaled_linear(inputs: int, outputs: int, embedding: nn.Embedding) -> nn.Linear:
+    """A linear layer whose outputs are about as long as the backbone's token embeddings at the start."""
+    layer = nn.Linear(inputs, outputs).to(embedding.weight)
+    scale = embedding.weight.detach().float().std().item()
+    with torch.no_grad():
+        layer.weight.normal_(std=scale / inputs**0.5)
+        layer.bias.zero_()
+    return layer

@@ -1,0 +1,68 @@
+"""The instruction embedder by instance conversion."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.conversion import Conversion, Linear, instance_tokens
+
+
+class EmbedderIC(Instruction):
+    """Instruction embedder, instance conversion: a small network makes a soft instruction of each instance (x, y).
+
+    (Isonuma et al. 2023.) Its parameters are shared by all tasks, so it also works for tasks that it was not trained
+    on, as long as it does not ask for their targets. The instance's tokens are those of its source, with the prompt's
+    words around the input.
+
+    Args:
+        conversion: The network. Default: mean-pooled embeddings -> linear -> 64 vectors.
+        targets: Whether the target ``y`` belongs to the instance. Default: yes, as in the paper; say no to use the
+            instruction on unseen tasks, whose targets are not known.
+
+    Example:
+        >>> from diopt_lightning.instructions import TokenWise
+        >>> EmbedderIC(TokenWise(max_length=32)).length
+        32
+    """
+
+    task_names: list[str]
+
+    def __init__(self, conversion: Conversion | None = None, targets: bool = True) -> None:
+        super().__init__()
+        self.conversion = conversion if conversion is not None else Linear()
+        self.targets = targets
+
+    @property
+    def length(self) -> int:
+        """Vectors of the longest instruction."""
+        return self.conversion.length
+
+    @property
+    def works_on_unseen_tasks(self) -> bool:
+        """Whether it does without targets."""
+        return not self.targets
+
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
+        """Make the network; see :class:`Instruction`."""
+        self.task_names = [task.name for task in tasks]
+        self.conversion.build(embedding)
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return the names of the tasks alone: an instruction belongs to an instance."""
+        return [{"task": name} for name in self.task_names]
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return the instruction of each instance."""
+        ids, mask = instance_tokens(batch, self.targets)
+        return InstructionEmbeddings(*self.conversion(ids, mask, embed))

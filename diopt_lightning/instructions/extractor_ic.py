@@ -1,0 +1,148 @@
+"""The instruction extractor by instance conversion."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
+from diopt_lightning.data.prompts import render_input
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
+from diopt_lightning.instructions.candidates import CandidatePool
+from diopt_lightning.instructions.conversion import Encoding, Pooled, instance_tokens, unit_scale
+from diopt_lightning.instructions.extractor import Extractor
+from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
+
+# Instances of a task over which its description is the mean.
+DESCRIBED_INSTANCES = 4
+
+
+class ExtractorIC(Extractor):
+    r"""Instruction extractor, instance conversion: a bilinear score of encoded candidate and encoded instance.
+
+    .. math:: V_{ij} = e(\text{candidate}_j)^\top B_i \, e(x, y) \, / \, d
+
+    for slot :math:`i`, with encodings of unit mean square and width :math:`d`. (Isonuma et al. 2023.) The forms
+    :math:`B` are shared by all tasks, so it also works for tasks that it was not trained on, as long as it does not ask
+    for their targets. They start at zero: every candidate is as likely as any other. The choice is phi's alone: token
+    embeddings are constants in the score, which a model could otherwise learn to bend.
+
+    Args:
+        slots: :math:`k`, the exemplars to choose for each instance. Default: 1.
+        candidates: :math:`N`, the candidates of each task at most. Default: 32, as in the reference implementation.
+        candidate_length: Tokens of a candidate. Default: 128, likewise.
+        pool: Where candidates come from. Default: positive examples, filled up with instances.
+        relaxation: How the choice is differentiated. Default: straight-through, as in the paper.
+        encoding: Makes one vector of a candidate and of an instance. Default: the mean of token embeddings.
+        targets: Whether the target ``y`` belongs to the instance. Default: yes, as in the paper; say no to use the
+            instruction on unseen tasks, whose targets are not known.
+        repeats: Whether slots may choose the same candidate. Default: no.
+        candidates_per_instance: Candidates that each instance chooses among, drawn anew for every instance of every
+            batch. Default: all.
+        cut_candidates: Whether longer candidates are cut, and counted, instead of refused. Default: yes.
+
+    Raises:
+        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+
+    Example:
+        >>> from diopt_lightning.instructions import ExpectedLoss
+        >>> ExtractorIC(slots=1, candidates=4, relaxation=ExpectedLoss()).candidates
+        4
+    """
+
+    bilinear: nn.Parameter
+
+    def __init__(
+        self,
+        slots: int = 1,
+        candidates: int = 32,
+        candidate_length: int = 128,
+        pool: CandidatePool = CandidatePool(),
+        relaxation: Relaxation | None = None,
+        encoding: Encoding | None = None,
+        targets: bool = True,
+        repeats: bool = False,
+        candidates_per_instance: int | None = None,
+        cut_candidates: bool = True,
+    ) -> None:
+        super().__init__(slots, candidates, candidate_length, pool, repeats, candidates_per_instance, cut_candidates)
+        self.relaxation = relaxation if relaxation is not None else StraightThrough()
+        self.encoding = encoding if encoding is not None else Pooled()
+        self.targets = targets
+        self._examples: list[Batch] = []
+
+    @property
+    def works_on_unseen_tasks(self) -> bool:
+        """Whether it does without targets."""
+        return not self.targets
+
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
+        """Tokenize the candidates and make the encoding and ``bilinear`` ``(slots, width, width)``."""
+        super().build(tasks, tokenizer, embedding, unseen)
+        self.encoding.build(embedding)
+        width = self.encoding.width
+        self.bilinear = nn.Parameter(torch.zeros(self.slots, width, width, device=embedding.weight.device))
+        self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
+
+    def advance(self) -> None:
+        """Let the temperature follow its schedule; see :class:`Instruction`."""
+        self.relaxation.advance()
+
+    def scores(self, batch: Batch, embed: Embed) -> Tensor:
+        """The logits of each instance over its candidates, ``(batch, slots, candidates)``."""
+
+        def constants(ids: Tensor) -> Tensor:
+            return embed(ids).detach()
+
+        # The candidates of a task are encoded once, however many instances of it there are.
+        tasks, position = torch.unique(batch.task, return_inverse=True)
+        mask = self.candidate_mask[tasks].flatten(0, 1)
+        # A candidate that a task does not have is ruled out later; one position keeps its encoding finite.
+        mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
+        encoded = self.encoding(self.candidate_ids[tasks].flatten(0, 1), mask, constants)
+        candidates = unit_scale(encoded).view(len(tasks), self.candidates, -1)
+        instances = unit_scale(self.encoding(*instance_tokens(batch, self.targets), constants))
+        turned = torch.einsum("bw,svw->bsv", instances, self.bilinear)
+        logits = torch.einsum("bsv,bnv->bsn", turned, candidates[position]) / candidates.shape[-1]
+        allowed = self.allowed(batch)
+        return logits if allowed is None else logits.masked_fill(~allowed.unsqueeze(1), -torch.inf)
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return the chosen exemplars of each instance."""
+        return self.relaxation.extract(self, batch.task, self.scores(batch, embed), embed)
+
+    @torch.no_grad()
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return for each task the exemplars that are likeliest on average over its first instances."""
+        means = []
+        for batch in self._examples:
+            on_device = Batch(*(column.to(self.bilinear.device) for column in batch))
+            means.append(self.relaxation.probabilities(self.scores(on_device, embedding)).mean(dim=0))
+        return self.described(torch.stack(means))
+
+
+def example_batch(index: int, task: Task, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The first instances of a task as a batch, without human-written instructions."""
+    instances = task.instances[:DESCRIBED_INSTANCES]
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    sources = [encode(render_input(instance.input)) for instance in instances]
+    targets = [encode(instance.outputs[0]) for instance in instances]
+    return Batch(
+        input_ids=pad(sources, tokenizer.pad_token_id),
+        attention_mask=pad([[1] * len(source) for source in sources], 0),
+        labels=pad(targets, IGNORED_LABEL),
+        task=torch.full((len(instances),), index),
+        instance=torch.arange(len(instances)),
+    )

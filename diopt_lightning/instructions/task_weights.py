@@ -1,0 +1,68 @@
+"""Task weights: how much the loss of each train task counts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+
+
+class TaskWeights(Instruction):
+    r"""One weight for each train task, alone or in a :class:`~diopt_lightning.instructions.Composition`.
+
+    The loss of an instance of task :math:`t` counts :math:`T \, \mathrm{softmax}(w)_t`, one on average over the
+    :math:`T` tasks. The weights start equal.
+
+    Example:
+        >>> TaskWeights().length
+        0
+    """
+
+    logits: nn.Parameter
+    task_names: list[str]
+
+    @property
+    def length(self) -> int:
+        """No position: there is nothing before the input."""
+        return 0
+
+    def build(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        embedding: nn.Embedding,
+        unseen: Sequence[Task] = (),
+    ) -> None:
+        """Make ``logits``, of shape ``(tasks,)``; see :class:`Instruction`."""
+        self.task_names = [task.name for task in tasks]
+        self.logits = nn.Parameter(torch.zeros(len(tasks), device=embedding.weight.device))
+
+    def weights(self) -> Tensor:
+        """The weights ``(tasks,)``, one on average."""
+        return len(self.logits) * self.logits.softmax(dim=0)
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return the weight of each task."""
+        weights = self.weights().detach().tolist()
+        return [
+            {"task": name, "weight": round(weight, 4)} for name, weight in zip(self.task_names, weights, strict=True)
+        ]
+
+    def task_embeddings(self, embed: Embed) -> list[Tensor]:
+        """Nothing for each task, ``(0, dim)``; see :class:`Instruction`."""
+        nothing = embed(torch.zeros(0, dtype=torch.long, device=self.logits.device)).detach()
+        return [nothing] * len(self.task_names)
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        """Return no vectors, and the weight of each instance's task."""
+        nothing = embed(batch.input_ids[:, :0])
+        return InstructionEmbeddings(
+            nothing,
+            torch.ones_like(nothing[..., 0], dtype=torch.bool),
+            weight=self.weights()[self.rows(batch.task, self.task_names)],
+        )
