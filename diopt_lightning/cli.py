@@ -1,11 +1,15 @@
 """The command line: ``diopt fit | validate | test | predict``, and commands that train nothing."""
 
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -37,6 +41,32 @@ class DioptCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class NothingToRun(DioptCLI):
+    """The objects of a run alone, without what is said at its beginning."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the given arguments; Lightning's own method warns where the process has some too."""
+        self.config = parser.parse_object(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make a trainer, which says which devices it found."""
+        logging.disable(logging.INFO)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+OPTIONS: dict[str, Any] = {
+    "model_class": pl.LightningModule,
+    "datamodule_class": pl.LightningDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    # Every level has an optimizer of its own, which `--optimizer` would replace.
+    "auto_configure_optimizers": False,
+}
+
+
 def run(args: ArgsType = None) -> DioptCLI:
     """Parse arguments and run the subcommand.
 
@@ -44,17 +74,41 @@ def run(args: ArgsType = None) -> DioptCLI:
         args: Arguments of the command line, as a list of strings. Default: those of the process.
     """
     return DioptCLI(
-        model_class=pl.LightningModule,
-        datamodule_class=pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+        **OPTIONS,
         seed_everything_default=0,
-        # Every level has an optimizer of its own, which `--optimizer` would replace.
-        auto_configure_optimizers=False,
         trainer_defaults={"callbacks": [RandomState(), Results()]},
         save_config_kwargs={"overwrite": True},
         args=args,
     )
+
+
+def instantiate(config: Path, changes: Mapping[str, Any] | None = None) -> DioptCLI:
+    """Make the model and the data module of a run from the ``config.yaml`` in its folder, without running anything.
+
+    Args:
+        config: The file.
+        changes: Options of the data module to replace, e.g. ``{"root": "elsewhere"}``.
+
+    Returns:
+        An object with the attributes ``model``, ``datamodule`` and ``trainer``, attached to each other as in a run.
+
+    Raises:
+        ConfigurationError: If the file is missing or is not that of a run.
+    """
+    try:
+        options = yaml.safe_load(config.read_text(encoding="utf-8"))
+        parts = {"model": options["model"], "data": options["data"]}
+        parts["data"]["init_args"] = {**parts["data"].get("init_args", {}), **(changes or {})}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{config} is not the configuration of a run ({type(error).__name__}: {' '.join(str(error).split())}): "
+            "give the `config.yaml` of the run's folder as `config`."
+        ) from error
+    local = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    cli = NothingToRun(**OPTIONS, seed_everything_default=False, trainer_defaults=local, args=parts, run=False)
+    cli.datamodule.trainer = cli.model.trainer = cli.trainer
+    cli.trainer.datamodule = cli.datamodule  # type: ignore[attr-defined]
+    return cli
 
 
 def run_command(name: str, args: Sequence[str]) -> None:

@@ -1,0 +1,89 @@
+"""The command ``diopt export``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.export.adapter import export_adapter
+from diopt_lightning.export.embeddings import export_embeddings
+from diopt_lightning.export.model import export_model
+from diopt_lightning.export.saved import SavedRun
+from diopt_lightning.export.text import export_text, learned_parts
+
+
+def export(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    format: Literal["text", "embeddings", "adapter", "model"],
+    task: str | list[str] | None = None,
+    data: Path | None = None,
+    config: Path | None = None,
+) -> None:
+    """Write what a run has learned to a folder, for other programs to read.
+
+    Args:
+        checkpoint: A checkpoint of the run.
+        folder: A new folder to write to.
+        format: A copy of the data with the learned instructions as text; the embeddings of the instructions, in one
+            safetensors file; a PEFT adapter of each task, for the exported model; or the trained model, for
+            transformers.
+        task: The name of a train task whose instruction to write, or several as ``[NAME, NAME]`` or with ``--task+``
+            for each; all where it is left out.
+        data: The folder with the tasks; needed where it is not the one that the run was given.
+        config: The configuration of the run; needed where it is not in the folder above that of the checkpoint.
+
+    Raises:
+        ConfigurationError: If an argument does not fit the checkpoint.
+    """
+    saved = SavedRun(checkpoint, config, data)
+    names = [task] if isinstance(task, str) else task
+    if format == "model":
+        if names:
+            raise ConfigurationError(f"The model is the same for all tasks: leave out `task`, which is {names}.")
+        _export_model(saved, folder)
+    elif format == "text":
+        _export_text(saved, folder, saved.choose(names))
+    else:
+        _export_vectors(saved, folder, saved.choose(names), format == "adapter")
+    print(f"Written to {folder}")
+
+
+def _export_model(saved: SavedRun, folder: Path) -> None:
+    module, data = saved.modules
+    module.backbone.build(data.tokenizer)
+    saved.load(module.backbone, "backbone.")
+    model = module.backbone.model
+    assert isinstance(model, PreTrainedModel)
+    export_model(model, data.tokenizer, folder)
+
+
+def _export_text(saved: SavedRun, folder: Path, names: list[str]) -> None:
+    rows = [row for row in saved.instruction["learned"] if row["task"] in names]
+    tokenizer = saved.modules[1].tokenizer if any(map(_soft, rows)) else None
+    root = saved.data if saved.data is not None else saved.modules[1].root
+    export_text(root, folder, rows, saved.instruction["form"], tokenizer)
+
+
+def _soft(row: Mapping[str, Any]) -> bool:
+    """Whether a soft instruction was learned for a task, alone or beside others."""
+    return any("nearest_tokens" in part for part in learned_parts(row))
+
+
+def _export_vectors(saved: SavedRun, folder: Path, names: list[str], adapter: bool) -> None:
+    form, backbone = saved.instruction["form"], saved.instruction["backbone"]
+    if adapter and not all(map(_soft, saved.instruction["learned"])):
+        raise ConfigurationError(
+            f"An adapter holds the soft instruction of a task, and {form} has none: export another `format` (`text` "
+            "where exemplars were chosen)."
+        )
+    embeddings = saved.embeddings()
+    chosen = {name: embeddings[name] for name in names}
+    if adapter:
+        # Every encoder-decoder model of transformers names its encoder so, and no other language model has one.
+        export_adapter(chosen, folder, any(".encoder." in name for name in saved.state))
+    else:
+        export_embeddings(chosen, folder, form, backbone)

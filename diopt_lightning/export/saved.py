@@ -1,0 +1,140 @@
+"""A run that is over: its checkpoint, and its modules where the checkpoint is not enough."""
+
+import difflib
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.export.embeddings import instruction_embeddings
+from diopt_lightning.modules.evaluation import InstructionEvaluation
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint, and the configuration of the run that wrote it.
+
+    Args:
+        checkpoint: The file.
+        config: The run's ``config.yaml``, read only where the checkpoint is not enough. Default: the one in the run's
+            folder, in which the checkpoint lies as ``checkpoints/NAME.ckpt``.
+        data: The folder of the data, where it has moved since.
+
+    Raises:
+        ConfigurationError: If a file is missing or is something else; when it is asked for what needs it.
+    """
+
+    checkpoint: Path
+    config: Path | None = None
+    data: Path | None = None
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The checkpoint's content."""
+        if not self.checkpoint.is_file():
+            raise ConfigurationError(f"There is no checkpoint {self.checkpoint}: give a file that a run has saved.")
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(
+                f"Cannot read {self.checkpoint} as a checkpoint ({str(error).strip().splitlines()[0]}): give a `.ckpt` "
+                "file that a run has saved."
+            ) from error
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise ConfigurationError(
+                f"{self.checkpoint} is not a checkpoint of Lightning, as it has no `state_dict`: give a `.ckpt` file "
+                "that a run has saved."
+            )
+        return content
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights: ``backbone.*`` and ``instruction.*``."""
+        return cast(dict[str, Tensor], self.content["state_dict"])
+
+    @property
+    def instruction(self) -> Mapping[str, Any]:
+        """What :meth:`~diopt_lightning.modules.evaluation.InstructionEvaluation.describe_instruction` returned."""
+        if "instruction" not in self.content:
+            raise ConfigurationError(
+                f"The checkpoint {self.checkpoint} has no learned instruction, as its run trained without one: export "
+                "the model instead (`format: model`), or give another checkpoint."
+            )
+        return cast(Mapping[str, Any], self.content["instruction"])
+
+    def choose(self, names: Sequence[str] | None) -> list[str]:
+        """The given tasks, or all where there are none given.
+
+        Raises:
+            ConfigurationError: If one of them has no learned instruction in the checkpoint.
+        """
+        tasks: list[str] = self.instruction["tasks"]
+        for name in names or ():
+            if name not in tasks:
+                near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.0)
+                raise ConfigurationError(
+                    f"There is no learned instruction for the task `{name}` among the {len(tasks)} in "
+                    f"{self.checkpoint}: give names of its train tasks, such as {', '.join(f'`{n}`' for n in near)}."
+                )
+        return list(dict.fromkeys(names)) if names else tasks
+
+    @cached_property
+    def modules(self) -> tuple[InstructionEvaluation, NaturalInstructionsDataModule]:
+        """The module and the data module, from the run's configuration; nothing in them is built or read yet."""
+        from diopt_lightning.cli import instantiate
+
+        config = self.config if self.config is not None else self.checkpoint.resolve().parents[1] / "config.yaml"
+        if not config.is_file():
+            raise ConfigurationError(
+                f"There is no file {config}, which says how to rebuild the run of {self.checkpoint}: give the run's "
+                "`config.yaml` as `config`."
+            )
+        cli = instantiate(config, {} if self.data is None else {"root": str(self.data)})
+        module, data = cli.model, cli.datamodule
+        if not isinstance(module, InstructionEvaluation) or not isinstance(data, NaturalInstructionsDataModule):
+            raise ConfigurationError(
+                f"{config} is of a run with {type(module).__name__} and {type(data).__name__}: give one with "
+                "InstructionOptimization or InstructionTuning and a NaturalInstructionsDataModule."
+            )
+        return module, data
+
+    def load(self, part: torch.nn.Module, prefix: str) -> None:
+        """Give a part of the module its trained weights.
+
+        Args:
+            part: The part, which has been built.
+            prefix: What the names of its weights begin with in the checkpoint.
+        """
+        weights = {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
+        try:
+            part.load_state_dict(weights)
+        except RuntimeError as error:
+            found = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"The weights in {self.checkpoint} do not fit the configuration ({found[:200]}): give the "
+                "`config.yaml` of the same run as `config`, and the data that it was trained on as `data`."
+            ) from error
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """The instruction of each task ``(length, dim)``."""
+        weight = self.state.get("instruction.weight")
+        if self.instruction["form"] == "EmbedderDP" and weight is not None:
+            return dict(zip(self.instruction["tasks"], weight, strict=True))
+        module, data = self.modules
+        names = [task.name for task in data.split_tasks("train")]
+        if names != self.instruction["tasks"]:
+            raise ConfigurationError(
+                f"The {len(names)} train tasks of {data.root} are not the {len(self.instruction['tasks'])} of the "
+                f"checkpoint {self.checkpoint}: give the data that it was trained on as `data`."
+            )
+        module.configure_model()
+        self.load(module, "")
+        module.eval()
+        return instruction_embeddings(module)

@@ -1,0 +1,122 @@
+"""Learned instructions as text, in copies of the task files."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from diopt_lightning.data.tasks import read_task
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.export.folder import new_folder
+
+# Where a candidate of each kind stands in a task file.
+FIELDS = {"Positive": "Positive Examples", "Negative": "Negative Examples", "Definition": "Definition"}
+
+
+def export_text(
+    root: Path,
+    folder: Path,
+    learned: Sequence[Mapping[str, Any]],
+    form: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Copy a data set with the learned instructions written into its tasks, for any trainer that reads it.
+
+    What was chosen comes first in its list (``Positive Examples``, ``Negative Examples`` or ``Definition``), in the
+    order of the slots; the annotated entries follow, without those that were chosen. An exemplar is written whole, also
+    where the model read it cut to ``candidate_length``. The nearest tokens of a soft instruction become the first
+    ``Definition``; that is another instruction than the one that was learned. The field ``diopt_lightning`` of the task
+    says what was done: ``form``, whether that is ``lossy``, and under ``parts`` the probability of each choice and the
+    cosine of each token.
+
+    All other fields, other tasks and the split lists stay as they are.
+
+    Args:
+        root: The data, in the official layout.
+        folder: A new folder.
+        learned: What :meth:`~diopt_lightning.instructions.Instruction.describe` returned for each task to write.
+        form: The name of the instruction's class.
+        tokenizer: Puts the nearest tokens of a soft instruction together; not needed for exemplars.
+
+    Raises:
+        ConfigurationError: If the instruction cannot be written as text, the folder is not empty, or the data misses a
+            task.
+    """
+    for part in ("tasks", "splits"):
+        if not (root / part).is_dir():
+            raise ConfigurationError(
+                f"There is no folder {root / part}: set `data` to the folder that holds `tasks/` and `splits/`."
+            )
+    written = {}
+    for row in learned:
+        path = root / "tasks" / f"{row['task']}.json"
+        read_task(path)  # says what is wrong with the file
+        written[path.name] = _with_instruction(json.loads(path.read_text(encoding="utf-8")), row, form, tokenizer)
+    new_folder(folder)
+    for part in ("tasks", "splits"):
+        shutil.copytree(root / part, folder / part)
+    for name, document in written.items():
+        text = json.dumps(document, indent=4, ensure_ascii=False)
+        (folder / "tasks" / name).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _with_instruction(
+    document: dict[str, Any], row: Mapping[str, Any], form: str, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """A task's document with its learned instruction."""
+    first: dict[str, list[Any]] = {field: [] for field in FIELDS.values()}
+    parts: list[dict[str, Any]] = []
+    for part in learned_parts(row):
+        if "slots" in part:
+            for slot in part["slots"]:
+                kind = slot.get("kind", "Positive")
+                example = {field: slot[field] for field in ("input", "output", "explanation")}
+                first[FIELDS[kind]].append(example["input"] if kind == "Definition" else example)
+            choices = [{name: slot[name] for name in ("candidate", "probability")} for slot in part["slots"]]
+            parts.append({"slots": choices})
+        elif "nearest_tokens" in part:
+            first["Definition"].append(_reading(part["nearest_tokens"], tokenizer))
+            parts.append({"cosine": part["cosine"]})
+    if not parts:
+        raise ConfigurationError(
+            f"{form} has no text for the task `{row['task']}` as a whole: it chose no exemplar for it and has no soft "
+            "instruction of it. Export the model instead (`format: model`)."
+        )
+    made = {"form": form, "lossy": any("cosine" in part for part in parts), "parts": parts}
+    written = {field: _before(entries, document[field]) for field, entries in first.items() if entries}
+    return {**document, **written, "diopt_lightning": made}
+
+
+def learned_parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was learned for a task, one entry for each part of a composition."""
+    if "parts" not in row:
+        return [row]
+    return [part for entry in row["parts"] for part in learned_parts(entry)]
+
+
+def _before(entries: list[Any], annotated: Any) -> list[Any]:
+    """Learned entries of a list, and the annotated ones that are not among them behind."""
+
+    def content(entry: Any) -> Any:
+        return (entry["input"], entry["output"]) if isinstance(entry, dict) else entry
+
+    # Early releases of the official data have a plain string where there is one definition.
+    behind = [annotated] if isinstance(annotated, str) else annotated
+    taken, left = [content(entry) for entry in entries], []
+    for entry in behind:
+        if content(entry) in taken:
+            taken.remove(content(entry))  # so that of two alike, one is left
+        else:
+            left.append(entry)
+    return entries + left
+
+
+def _reading(tokens: list[str], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Tokens as text."""
+    if tokenizer is None:
+        raise ConfigurationError("The tokens nearest to a soft instruction need their tokenizer: pass `tokenizer`.")
+    # A task with an empty definition is not valid, so a reading of spaces alone is spelled out.
+    return tokenizer.convert_tokens_to_string(tokens).strip() or " ".join(tokens)
