@@ -13,13 +13,14 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from diopt_lightning.callbacks import RandomState, Results
+from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
 from diopt_lightning.errors import ConfigurationError
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
 # arguments are the command's, and its docstring is the help.
 COMMANDS = {
     "export": ("diopt_lightning.export", "export"),
+    "instructions": ("diopt_lightning.inspection.command", "instructions"),
 }
 
 
@@ -76,7 +77,7 @@ def run(args: ArgsType = None) -> DioptCLI:
     return DioptCLI(
         **OPTIONS,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [RandomState(), Results()]},
+        trainer_defaults={"callbacks": [RandomState(), Results(), LearnedInstructions()]},
         save_config_kwargs={"overwrite": True},
         args=args,
     )

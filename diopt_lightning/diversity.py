@@ -4,6 +4,7 @@ A task's vector is the mean of its instruction's embeddings (:func:`task_vectors
 embedded human definitions alike. Everything is computed in float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def effective_rank(vectors: Tensor) -> float:
     if not singular.any():
         return 0.0
     shares = singular / singular.sum()
-    return torch.special.entr(shares).sum().exp().item()
+    return math.exp(torch.special.entr(shares).sum().item())
 
 
 class Plane(NamedTuple):

@@ -173,14 +173,17 @@ def test_a_small_demo_leaves_its_results(tmp_path, capfd):
         "losses.csv",
         "losses.png",
         "instructions.json",
+        "instructions.html",
+        "instructions.png",
         "metrics.json",
         "predictions.jsonl",
         "config.yaml",
     } <= names
     assert len((folder / "losses.csv").read_text().splitlines()) == 1 + 16
     instructions = json.loads((folder / "instructions.json").read_text())
-    assert [row["task"] for row in instructions] == [f"task00{i}_label_train" for i in range(1, 5)]
-    assert all(0 <= row["slots"][0]["probability"] <= 1 for row in instructions)
+    learned = instructions["learned"]
+    assert [row["task"] for row in learned] == instructions["tasks"] == [f"task00{i}_label_train" for i in range(1, 5)]
+    assert all(0 <= row["slots"][0]["probability"] <= 1 for row in learned)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"test/loss", "test/rougeL", "test/exact_match", "test/rougeL/category/Label Recall"} <= metrics.keys()
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ def run(config: str, seed: int, root: Path, *arguments: str) -> dict[str, float]
 
 def found(root: Path) -> float:
     """Share of train tasks whose likeliest exemplar is the real one, read from the run's files and the tasks' JSON."""
-    chosen = json.loads((root / "lightning_logs" / "version_0" / "instructions.json").read_text())
+    chosen = json.loads((root / "lightning_logs" / "version_0" / "instructions.json").read_text())["learned"]
     real = []
     for row in chosen:
         task = json.loads((root / "data" / "tasks" / f"{row['task']}.json").read_text())

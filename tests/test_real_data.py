@@ -63,7 +63,7 @@ def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, tok
         fifth = number // 5
         assert not values or sum(values[-fifth:]) < 0.95 * sum(values[:fifth])
     if bilevel:
-        learned = json.loads((folder / "instructions.json").read_text())
+        learned = json.loads((folder / "instructions.json").read_text())["learned"]
         assert len(learned) == 251  # 295 tasks less 30 for validation and 14 for dev
 
     checkpoint = folder / "checkpoints" / "last.ckpt"

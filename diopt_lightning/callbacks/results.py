@@ -20,9 +20,9 @@ LOSSES = ("inner_loss", "outer_loss")
 class Results(pl.Callback):
     """Writes a run's results to the folder of its logger, and ends with a short table.
 
-    After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps, and ``instructions.json``, what
-    was learned for each task. After testing: ``metrics.json``, over all, per category and per task, and
-    ``predictions.jsonl``, which the official evaluation reads; after predicting, the latter.
+    After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps. After testing: ``metrics.json``,
+    over all, per category and per task, and ``predictions.jsonl``, which the official evaluation reads; after
+    predicting, the latter.
 
     Args:
         table: Whether to print the table.
@@ -42,7 +42,7 @@ class Results(pl.Callback):
         self.losses.append((trainer.global_step, found))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write losses and instructions."""
+        """Write losses."""
         folder = results_folder(trainer)
         if not trainer.is_global_zero or not self.losses:
             return
@@ -51,9 +51,6 @@ class Results(pl.Callback):
             lines.append(f"{step}," + ",".join(str(found.get(name, "")) for name in LOSSES))
         (folder / "losses.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         draw_losses(self.losses, LOSSES, folder / "losses.png")
-        if isinstance(pl_module, InstructionEvaluation) and pl_module.instruction is not None:
-            described = pl_module.instruction.describe(pl_module.data.tokenizer, pl_module.backbone.embedding)
-            write_json(folder / "instructions.json", described)
         rows = {}
         for name in LOSSES:
             values = [found[name] for _, found in self.losses if name in found]

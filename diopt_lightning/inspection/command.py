@@ -1,0 +1,79 @@
+"""``diopt instructions``."""
+
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.inspection.page import page
+from diopt_lightning.inspection.picture import picture
+from diopt_lightning.inspection.report import Report, load, select
+from diopt_lightning.inspection.terminal import show
+
+
+def instructions(
+    checkpoint: Path,
+    json: Path | None = None,
+    html: Path | None = None,
+    png: Path | None = None,
+    tasks: str | None = None,
+) -> None:
+    """Show what a run learned about the instruction of each task, and how much they differ.
+
+    Args:
+        checkpoint: The checkpoint of a run; neither its data nor its model is needed.
+        json: Write everything that is known to this file, or to the standard output for ``-``, instead of a table.
+        html: Write a page to this file, instead of a table.
+        png: Write a picture to this file, instead of a table.
+        tasks: Show these train tasks alone: names or patterns such as ``task1*``, separated by commas.
+
+    Raises:
+        ConfigurationError: If the file is not such a checkpoint, no task has the name, or there is nothing to draw.
+    """
+    data = load(checkpoint)
+    if tasks is not None:
+        data = select(data, [name.strip() for name in tasks.split(",")])
+    report = Report.of(data)
+    if json is not None and str(json) == "-":
+        sys.stdout.write(as_json(data))
+    elif json is not None:
+        write(json, as_json(data))
+    if html is not None:
+        write(html, page(report))
+    if png is not None:
+        figure = picture(report)
+        if figure is None:
+            raise ConfigurationError(
+                f"There is nothing to draw in {checkpoint}: its instructions depend on the instance, or the run had no "
+                "callback `LearnedInstructions`."
+            )
+        reachable(png)
+        figure.savefig(png, format="png", dpi=120)
+    if json is html is png is None:
+        show(report, Console())
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """The plain data as indented JSON."""
+    return dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file."""
+    reachable(path)
+    path.write_text(text, encoding="utf-8")
+
+
+def reachable(path: Path) -> None:
+    """Check that a file can be written into its folder.
+
+    Raises:
+        ConfigurationError: If there is no such folder, or the path is itself one.
+    """
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} to: make it first.")
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder: give the name of a file.")

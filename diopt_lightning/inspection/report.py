@@ -1,0 +1,243 @@
+"""What a checkpoint says of learned instructions: plain data, and the same with names and types.
+
+The plain data is what a run writes to ``instructions.json`` and what a checkpoint has under ``instruction``:
+
+- ``form``, ``backbone``: the instruction's class and the model's name
+- ``tasks``: names of the train tasks
+- ``learned``: for each task what :meth:`~diopt_lightning.instructions.Instruction.describe` says of it
+- ``step``: inner steps that had been taken
+- ``history``: for some moments of the training ``step``, ``learned`` (numbers alone) and ``diversity`` (likewise)
+- ``diversity``: of ``learned`` instructions and of ``human`` definitions the mean cosine distance and the effective
+  rank, and in ``picture`` their coordinates
+
+The last three come from the callback :class:`~diopt_lightning.callbacks.LearnedInstructions`, and may be missing; so
+may anything that a form of instruction does not say of a task.
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from diopt_lightning.errors import ConfigurationError
+
+MEASURES = {"mean_cosine_distance": "mean pairwise cosine distance", "effective_rank": "effective rank"}
+KEPT = ("candidate", "probability", "weight")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The exemplar in a slot of a task's instruction.
+
+    Args:
+        candidate: Its number among the candidates.
+        probability: Its probability.
+        exemplar: Its text.
+        history: Step, likeliest candidate at that step, and its probability.
+    """
+
+    candidate: int
+    probability: float
+    exemplar: str
+    history: list[tuple[int, int, float]]
+
+    @property
+    def changes(self) -> list[tuple[int, int, float]]:
+        """The first moment, the moments at which another candidate had become the likeliest, and the last."""
+        found = [
+            moment
+            for index, moment in enumerate(self.history)
+            if index in (0, len(self.history) - 1) or moment[1] != self.history[index - 1][1]
+        ]
+        return found if len(self.history) > 1 else []
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What was learned for a task.
+
+    Args:
+        name: The task.
+        choices: Chosen exemplars.
+        tokens: The vocabulary token nearest to each soft vector, with the cosine.
+        weight: What the task's loss counts, where that is learned; one is the mean.
+        weights: Step and weight at that step.
+    """
+
+    name: str
+    choices: list[Choice]
+    tokens: list[tuple[str, float]]
+    weight: float | None
+    weights: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was learned, over all tasks.
+
+    Args:
+        form: The instruction's class.
+        backbone: The model's name.
+        step: Inner steps that had been taken, or ``None`` where the checkpoint does not say.
+        tasks: The tasks.
+        diversity: Step, numbers of learned instructions and of human definitions at that step.
+        points: Coordinates of learned instructions and of human definitions, by task; none where there is no picture.
+        share: How much of the variance each of the two coordinates has.
+    """
+
+    form: str
+    backbone: str
+    step: int | None
+    tasks: list[TaskReport]
+    diversity: list[tuple[int, dict[str, float], dict[str, float]]]
+    points: list[tuple[tuple[float, float], tuple[float, float]]]
+    share: tuple[float, float]
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Self:
+        """Read plain data."""
+        history = moments(data)
+        measured = [(moment["step"], moment["diversity"]) for moment in history if moment.get("diversity")]
+        plane = (data.get("diversity") or {}).get("picture") or {"learned": [], "human": [], "share": [0.0, 0.0]}
+        return cls(
+            form=str(data.get("form", "instruction")),
+            backbone=str(data.get("backbone", "")),
+            step=data.get("step"),
+            tasks=[task_report(data, history, index) for index in range(len(data["learned"]))],
+            diversity=[(step, numbers["learned"], numbers["human"]) for step, numbers in measured],
+            points=[
+                ((one[0], one[1]), (other[0], other[1]))
+                for one, other in zip(plane["learned"], plane["human"], strict=True)
+            ],
+            share=(plane["share"][0], plane["share"][1]),
+        )
+
+
+def task_report(data: dict[str, Any], history: Sequence[dict[str, Any]], index: int) -> TaskReport:
+    """Read what plain data says of a task."""
+    learned = data["learned"][index]
+    past = [(moment["step"], moment["learned"][index]) for moment in history if moment.get("learned")]
+    choices = []
+    for position, slot in enumerate(slots(learned)):
+        there = [(step, slots(entry)[position]) for step, entry in past if position < len(slots(entry))]
+        found = [(step, int(then["candidate"]), float(then["probability"])) for step, then in there]
+        choices.append(Choice(int(slot["candidate"]), float(slot["probability"]), str(slot.get("exemplar", "")), found))
+    weights = [(step, weight(entry)) for step, entry in past]
+    return TaskReport(
+        name=str(learned.get("task", data["tasks"][index])),
+        choices=choices,
+        tokens=[
+            (str(token), float(cosine))
+            for section in sections(learned)
+            for token, cosine in zip(section.get("nearest_tokens", []), section.get("cosine", []), strict=True)
+        ],
+        weight=weight(learned),
+        weights=[(step, value) for step, value in weights if value is not None],
+    )
+
+
+def sections(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is said of a task, and by each part of a composition.
+
+    Example:
+        >>> list(sections({"task": "t", "parts": [{"weight": 1.0}, {"slots": []}]}))[1:]
+        [{'weight': 1.0}, {'slots': []}]
+    """
+    yield entry
+    for part in entry.get("parts", []):
+        yield from sections(part)
+
+
+def slots(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The slots of all parts that have a choice."""
+    found = [slot for section in sections(entry) for slot in section.get("slots", [])]
+    return [slot for slot in found if "candidate" in slot and "probability" in slot]
+
+
+def weight(entry: dict[str, Any]) -> float | None:
+    """The product of the weights of all parts, or ``None`` where none has one."""
+    found = [float(section["weight"]) for section in sections(entry) if "weight" in section]
+    return math.prod(found) if found else None
+
+
+def kept(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of a moment: numbers of choices and weights, in the same places.
+
+    Example:
+        >>> kept({"task": "t", "slots": [{"candidate": 1, "probability": 0.5, "exemplar": "..."}], "cosine": [0.1]})
+        {'slots': [{'candidate': 1, 'probability': 0.5}]}
+    """
+    found: dict[str, Any] = {name: entry[name] for name in KEPT if name in entry}
+    for name in ("slots", "parts"):
+        if any(kept(each) for each in entry.get(name, [])):
+            found[name] = [kept(each) for each in entry[name]]
+    return found
+
+
+def moments(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The moments of the history and, where it is later than these, the present."""
+    history = list(data.get("history", []))
+    step = data.get("step")
+    if step is not None and (not history or history[-1]["step"] < step):
+        history.append({"step": step, "learned": data["learned"], "diversity": data.get("diversity")})
+    return history
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of learned instructions; neither model nor data is needed.
+
+    Raises:
+        ConfigurationError: If the file is not there, is no checkpoint, or has no learned instruction.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"There is no file {path}: give the checkpoint of a run (`.ckpt`).")
+    try:
+        # Mapped, so that weights and optimizers, which nobody looks at here, are not read.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever the many readers of other formats raise
+        raise ConfigurationError(f"{path} is not a checkpoint of a run: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("instruction"), dict):
+        raise ConfigurationError(
+            f"{path} has no learned instruction: it is not from a run of `diopt fit` whose model has an `instruction`."
+        )
+    data: dict[str, Any] = checkpoint["instruction"]
+    if "learned" not in data:
+        raise ConfigurationError(f"{path} does not say what was learned: it is from another version of this package.")
+    return in_order({"step": checkpoint.get("global_step")} | data)
+
+
+def in_order(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with what is read first before what is long."""
+    first = [name for name in ("form", "backbone", "step", "tasks", "learned", "diversity") if name in data]
+    return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
+
+
+def select(data: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
+    """Keep the tasks whose names match a pattern, such as ``task1*``; numbers over all tasks stay as they are.
+
+    Raises:
+        ConfigurationError: If a pattern matches no task.
+    """
+    names = [str(name) for name in data["tasks"]]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigurationError(
+                f"`tasks`: no train task is called {pattern}; there are {len(names)}, e.g. {', '.join(names[:3])}."
+            )
+    rows = [row for row, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def some(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows] if values else []
+
+    chosen = data | {"tasks": some(names), "learned": some(data["learned"])}
+    if "history" in data:
+        chosen["history"] = [moment | {"learned": some(moment["learned"])} for moment in data["history"]]
+    if (data.get("diversity") or {}).get("picture"):
+        plane = data["diversity"]["picture"]
+        drawn = plane | {"learned": some(plane["learned"]), "human": some(plane["human"])}
+        chosen["diversity"] = data["diversity"] | {"picture": drawn}
+    return chosen
