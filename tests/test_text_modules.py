@@ -7,22 +7,33 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.bilevel import Neumann
-from diopt_lightning.callbacks import Results
+from diopt_lightning.callbacks import RandomState, Results
 from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule, PromptFormat
 from diopt_lightning.instructions import (
+    Annealed,
     CandidatePool,
+    Composition,
     Definition,
     EmbedderDP,
+    EmbedderIC,
     ExpectedLoss,
     ExtractorDP,
+    ExtractorIC,
+    GumbelStraightThrough,
     Instruction,
+    Linear,
+    Pooled,
     RandomExemplar,
     Soft,
     StraightThrough,
+    TaskWeights,
+    TokenWise,
+    Transformer,
 )
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
@@ -35,6 +46,16 @@ LEARNABLE = {
     "soft": lambda: ExtractorDP(1, 3, 32, POOL, Soft()),
     "expected_loss": lambda: ExtractorDP(1, 3, 32, POOL, ExpectedLoss()),
     "instances_too": lambda: ExtractorDP(1, 8, 32),
+    "gumbel": lambda: ExtractorDP(2, 3, 32, POOL, GumbelStraightThrough(Annealed(2.0, 0.5, 4))),
+    "drawn_choices": lambda: ExtractorDP(2, 3, 32, POOL, ExpectedLoss(samples=3)),
+    "every_kind": lambda: ExtractorDP(1, 8, 32, CandidatePool(definitions=True), candidates_per_instance=4),
+    "embedder_ic": lambda: EmbedderIC(Linear(length=3)),
+    "embedder_ic_token_wise": lambda: EmbedderIC(TokenWise(max_length=16, relu=True)),
+    "embedder_ic_transformer": lambda: EmbedderIC(Linear(length=3, encoding=Transformer(heads=2))),
+    "extractor_ic": lambda: ExtractorIC(2, 3, 32, POOL),
+    "extractor_ic_expected_loss": lambda: ExtractorIC(1, 3, 32, POOL, ExpectedLoss(), Pooled(hidden=8)),
+    "task_weights": TaskWeights,
+    "composition": lambda: Composition([EmbedderDP(3), ExtractorDP(1, 3, 32, POOL, ExpectedLoss()), TaskWeights()]),
 }
 
 
@@ -115,6 +136,67 @@ def test_dev_and_test_tasks_are_evaluated_with_human_written_instructions(blank_
     trainer.predict(module, tasks)
     again = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert again == written
+
+
+@pytest.mark.parametrize("form", LEARNABLE)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(form, blank_exemplars, tmp_path):
+    def fit(name: str, **options: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        module = optimization(LEARNABLE[form]())
+        checkpoint = ModelCheckpoint(tmp_path / name, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        trainer = quiet_trainer(
+            max_steps=options.pop("max_steps"),
+            limit_val_batches=0,
+            enable_checkpointing=True,
+            callbacks=[checkpoint, RandomState()],
+        )
+        trainer.fit(module, data(blank_exemplars, tmp_path), **options)
+        return module.state_dict()
+
+    whole = fit("whole", max_steps=6)
+    fit("first", max_steps=3)
+    resumed = fit("second", max_steps=6, ckpt_path=tmp_path / "first" / "step=3.ckpt", weights_only=True)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]) if isinstance(value, torch.Tensor) else value == resumed[name], name
+
+
+class EqualOnAllProcesses(pl.Callback):
+    """Fails the run if what was learned is not bitwise equal on all processes at its end."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            gathered = pl_module.all_gather(parameter.detach())
+            assert torch.equal(gathered[0], gathered[1]), name
+
+
+@pytest.mark.parametrize("form", LEARNABLE)
+def test_every_form_trains_on_two_processes(form, blank_exemplars, tmp_path):
+    quiet_trainer(
+        max_steps=4, devices=2, strategy="ddp_fork", limit_val_batches=0, callbacks=[EqualOnAllProcesses()]
+    ).fit(optimization(LEARNABLE[form]()), data(blank_exemplars, tmp_path))
+
+
+def test_unseen_tasks_are_given_what_an_instance_is_converted_to_where_asked_for(blank_exemplars, tmp_path):
+    losses = {}
+    for instructed in (False, True):
+        torch.manual_seed(0)
+        module = optimization(EmbedderIC(Linear(length=3), targets=False))
+        module.instructed_evaluation = instructed
+        trainer = quiet_trainer(max_steps=2, limit_val_batches=1)
+        tasks = data(blank_exemplars, tmp_path)
+        trainer.fit(module, tasks)
+        trainer.test(module, tasks, verbose=False)
+        losses[instructed] = trainer.callback_metrics["test/loss"].item()
+    assert losses[True] != losses[False]
+
+
+@pytest.mark.parametrize("form", [lambda: EmbedderDP(length=3), EmbedderIC, TaskWeights])
+def test_forms_without_an_instruction_for_unseen_tasks_are_refused_by_name(form, blank_exemplars, tmp_path):
+    module = optimization(form())
+    module.instructed_evaluation = True
+    with pytest.raises(ConfigurationError, match=r"has no instruction for 4 dev and test tasks, such as `task\d+_"):
+        quiet_trainer(max_steps=1).fit(module, data(blank_exemplars, tmp_path))
 
 
 class KeepWeights(pl.Callback):

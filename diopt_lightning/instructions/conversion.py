@@ -139,7 +139,8 @@ class Transformer(Encoding):
                 f"Cannot load `{name}` as an encoder: it is neither a folder with a model nor a name on the hub that "
                 f"can be reached ({str(error).strip().splitlines()[0]})."
             ) from error
-        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        # Of an encoder-decoder model the encoder alone (its configuration may be that of an encoder that was saved).
+        encoder = model.get_encoder() if hasattr(model, "decoder") else model
         vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         if vocabulary != embedding.num_embeddings:
             raise ConfigurationError(

@@ -41,6 +41,7 @@ class TaskWeights(Instruction):
         """Make ``logits``, of shape ``(tasks,)``; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.logits = nn.Parameter(torch.zeros(len(tasks), device=embedding.weight.device))
+        self._width = embedding.embedding_dim
 
     def weights(self) -> Tensor:
         """The weights ``(tasks,)``, one on average."""
@@ -55,14 +56,13 @@ class TaskWeights(Instruction):
 
     def task_embeddings(self, embed: Embed) -> list[Tensor]:
         """Nothing for each task, ``(0, dim)``; see :class:`Instruction`."""
-        nothing = embed(torch.zeros(0, dtype=torch.long, device=self.logits.device)).detach()
-        return [nothing] * len(self.task_names)
+        return [self.logits.new_zeros(0, self._width)] * len(self.task_names)
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return no vectors, and the weight of each instance's task."""
-        nothing = embed(batch.input_ids[:, :0])
+        # Not embedded tokens: PyTorch has no second derivative of an embedding of none.
         return InstructionEmbeddings(
-            nothing,
-            torch.ones_like(nothing[..., 0], dtype=torch.bool),
+            self.logits.new_zeros(len(batch.task), 0, self._width),
+            torch.ones(len(batch.task), 0, dtype=torch.bool, device=self.logits.device),
             weight=self.weights()[self.rows(batch.task, self.task_names)],
         )

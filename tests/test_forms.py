@@ -1,0 +1,421 @@
+"""Every form of instruction: against slow and obvious versions, in gradients, in training, and refused where wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from diopt_lightning import ConfigurationError
+from diopt_lightning.backbones import RandomSeq2Seq
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.synthetic import WORDS, word_tokenizer
+from diopt_lightning.data.tasks import Example, Instance, Task
+from diopt_lightning.instructions import (
+    Annealed,
+    CandidatePool,
+    Composition,
+    EmbedderDP,
+    EmbedderIC,
+    Exemplar,
+    ExpectedLoss,
+    ExtractorDP,
+    ExtractorIC,
+    GumbelStraightThrough,
+    Instruction,
+    Linear,
+    Normal,
+    Pooled,
+    RandomExemplar,
+    SharedInCategory,
+    Soft,
+    StraightThrough,
+    TaskWeights,
+    TokenWise,
+    Transformer,
+    Vocabulary,
+)
+from diopt_lightning.instructions.conversion import unit_scale
+from tests.conftest import TINY_T5
+from tests.test_instructions import INPUTS, batch_of
+
+ANNOTATED = CandidatePool(instances=False)
+FORMS: list[tuple[str, Callable[[], Instruction]]] = [
+    ("embedder-dp", lambda: EmbedderDP(length=2)),
+    ("embedder-ic-pooled", lambda: EmbedderIC(Linear(length=2))),
+    ("embedder-ic-hidden", lambda: EmbedderIC(Linear(length=2, encoding=Pooled(hidden=4)))),
+    ("embedder-ic-token-wise", lambda: EmbedderIC(TokenWise(max_length=6))),
+    ("embedder-ic-relu", lambda: EmbedderIC(TokenWise(max_length=6, relu=True))),
+    ("embedder-ic-transformer", lambda: EmbedderIC(Linear(length=2, encoding=Transformer(heads=2)))),
+    ("extractor-dp-soft", lambda: ExtractorDP(2, 3, 32, relaxation=Soft())),
+    ("extractor-dp-expected", lambda: ExtractorDP(1, 3, 32, relaxation=ExpectedLoss())),
+    ("extractor-ic-soft", lambda: ExtractorIC(2, 3, 32, relaxation=Soft())),
+    ("extractor-ic-expected", lambda: ExtractorIC(1, 3, 32, relaxation=ExpectedLoss(), encoding=Pooled(hidden=4))),
+    ("extractor-ic-transformer", lambda: ExtractorIC(1, 3, 32, ANNOTATED, Soft(), Transformer(heads=2))),
+    ("task-weights", TaskWeights),
+    (
+        "composition",
+        lambda: Composition([EmbedderDP(2), ExtractorDP(1, 3, 32, ANNOTATED, ExpectedLoss()), TaskWeights()]),
+    ),
+]
+every_form = pytest.mark.parametrize(("name", "make"), FORMS, ids=[name for name, _ in FORMS])
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer([*WORDS, "definition", "name", "the", "negative"])
+
+
+@pytest.fixture
+def tasks():
+    """Three tasks of two categories with annotated examples of both kinds, two definitions and a few instances."""
+
+    def task(name: str, category: str, words: list[str]) -> Task:
+        positive = tuple(Example(" ".join(words[: n + 1]), words[n]) for n in range(3))
+        negative = (Example(words[4], words[5]),)
+        instances = tuple(Instance(f"{name}-{n}", words[n + 3], (words[n + 2],)) for n in range(4))
+        definitions = (" ".join(words[:4]), " ".join(words[4:6]))
+        return Task(name, (category,), definitions, positive, negative, instances)
+
+    names = [("task001", "a"), ("task002", "b"), ("task003", "a")]
+    return [task(name, category, WORDS[20 * i : 20 * i + 10]) for i, (name, category) in enumerate(names)]
+
+
+@pytest.fixture
+def backbone(tokenizer):
+    backbone = RandomSeq2Seq(dict(TINY_T5))
+    backbone.build(tokenizer)
+    return backbone
+
+
+@pytest.fixture
+def double_backbone(tokenizer, monkeypatch):
+    """In float64 throughout: T5's layer norm computes in float32 otherwise, which no gradient check survives."""
+    from transformers.models.t5 import modeling_t5
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", forward)
+    backbone = RandomSeq2Seq(dict(TINY_T5) | {"feed_forward_proj": "gated-gelu"})
+    backbone.build(tokenizer)
+    return backbone.double()
+
+
+def built(instruction: Instruction, tasks: list[Task], tokenizer: Any, backbone: RandomSeq2Seq) -> Any:
+    """An instruction with random parameters, so that nothing is symmetric."""
+    instruction.build(tasks, tokenizer, backbone.embedding)
+    instruction.to(backbone.embedding.weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in instruction.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return instruction
+
+
+@every_form
+def test_the_gradient_through_the_whole_model_is_right_in_float64(name, make, tokenizer, tasks, double_backbone):
+    instruction = built(make(), tasks, tokenizer, double_backbone)
+    batch = batch_of(tokenizer, INPUTS[:2], [0, 1])
+    names, values = zip(*instruction.named_parameters(), strict=True)
+
+    def loss(*values: Tensor) -> Tensor:
+        parameters = dict(zip(names, values, strict=True))
+        found = torch.func.functional_call(instruction, parameters, (batch, double_backbone.embedding))
+        return double_backbone.loss(batch, found)
+
+    start = tuple(value.detach().clone().requires_grad_() for value in values)
+    # One random direction in all parameters at once: each has hundreds of entries.
+    assert torch.autograd.gradcheck(loss, start, fast_mode=True)
+    gradients = torch.autograd.grad(loss(*start), start, allow_unused=True)
+    assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients)
+
+
+def tokens_of(tokenizer: Any, batch: Batch, row: int) -> list[int]:
+    """Source and target of an instance, without padding."""
+    source = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+    return source + batch.labels[row][batch.labels[row] != -100].tolist()
+
+
+def rms(vector: Tensor) -> Tensor:
+    return vector / (vector.square().mean() + torch.finfo(vector.dtype).eps).sqrt()
+
+
+def test_pooled_conversion_equals_the_obvious_loop(tokenizer, tasks, backbone):
+    embedder = built(EmbedderIC(Linear(length=3, encoding=Pooled(hidden=4))), tasks, tokenizer, backbone)
+    batch, weight = batch_of(tokenizer, INPUTS, [0, 1, 2]), backbone.embedding.weight
+    found = embedder(batch, backbone.embedding)
+    first, _, second = embedder.conversion.encoding.layers
+    for row in range(3):
+        mean = sum(weight[token] for token in tokens_of(tokenizer, batch, row)) / len(tokens_of(tokenizer, batch, row))
+        encoded = second.weight @ (first.weight @ mean + first.bias).clamp(min=0) + second.bias
+        expected = embedder.conversion.map.weight @ rms(encoded) + embedder.conversion.map.bias
+        assert torch.allclose(found.embeddings[row].flatten(), expected, atol=1e-4, rtol=1e-4)
+    assert found.mask.all()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_token_wise_conversion_equals_the_obvious_loop(tokenizer, tasks, backbone, relu):
+    embedder = built(EmbedderIC(TokenWise(max_length=8, relu=relu)), tasks, tokenizer, backbone)
+    batch, weight = batch_of(tokenizer, INPUTS, [0, 1, 2]), backbone.embedding.weight
+    found = embedder(batch, backbone.embedding)
+    for row in range(3):
+        tokens = tokens_of(tokenizer, batch, row)[:8]
+        assert found.mask[row].tolist() == [True] * len(tokens) + [False] * (found.mask.shape[1] - len(tokens))
+        for position, token in enumerate(tokens):
+            vector = rms(weight[token])
+            vector = vector.clamp(min=0) if relu else vector
+            expected = embedder.conversion.map.weight @ vector + embedder.conversion.map.bias
+            assert torch.allclose(found.embeddings[row, position], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bilinear_scores_equal_the_obvious_loop(tokenizer, tasks, backbone):
+    extractor = built(ExtractorIC(2, 4, 32, ANNOTATED), tasks, tokenizer, backbone)
+    batch, weight = batch_of(tokenizer, INPUTS, [2, 0, 2]), backbone.embedding.weight
+    found = extractor.scores(batch, backbone.embedding)
+    for row, task in enumerate([2, 0, 2]):
+        tokens = tokens_of(tokenizer, batch, row)
+        instance = rms(sum(weight[token] for token in tokens) / len(tokens))
+        for j, text in enumerate(extractor.candidate_texts[task]):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            candidate = rms(sum(weight[token] for token in ids) / len(ids))
+            for slot in range(2):
+                expected = candidate @ extractor.bilinear[slot] @ instance / 16
+                assert torch.allclose(found[row, slot, j], expected, atol=1e-4, rtol=1e-4)
+    assert torch.isinf(found[:, :, 3]).all()  # these tasks have three annotated examples
+
+
+@pytest.mark.parametrize("encoding", [Pooled(hidden=4), Transformer(heads=2)], ids=["pooled", "transformer"])
+def test_padding_changes_no_encoding(tokenizer, tasks, backbone, encoding):
+    embedder = built(EmbedderIC(Linear(length=2, encoding=encoding)), tasks, tokenizer, backbone)
+    together = embedder(batch_of(tokenizer, INPUTS, [0, 1, 2]), backbone.embedding).embeddings
+    for row, text in enumerate(INPUTS):
+        alone = batch_of(tokenizer, [text], [row])
+        alone.labels[0] = batch_of(tokenizer, INPUTS, [0, 1, 2]).labels[row]
+        assert torch.allclose(embedder(alone, backbone.embedding).embeddings[0], together[row], atol=1e-5)
+
+
+def test_a_pretrained_encoder_converts_from_a_local_folder(tokenizer, tasks, backbone, tmp_path):
+    size = backbone.embedding.num_embeddings
+    config = T5Config(vocab_size=size, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "encoder")
+    encoding = Transformer(pretrained=str(tmp_path / "encoder"))
+    embedder = built(EmbedderIC(Linear(length=2, encoding=encoding)), tasks, tokenizer, backbone)
+    found = embedder(batch_of(tokenizer, INPUTS, [0, 1, 2]), backbone.embedding)
+    assert found.embeddings.shape == (3, 2, 16)
+    with pytest.raises(ConfigurationError, match="must share a tokenizer"):
+        Transformer(pretrained=str(tmp_path / "encoder")).build(nn.Embedding(7, 16))
+    with pytest.raises(ConfigurationError, match="Cannot load `no/such` as an encoder"):
+        Transformer(pretrained="no/such").build(backbone.embedding)
+
+
+@pytest.mark.parametrize("relaxation", [StraightThrough, GumbelStraightThrough])
+def test_slots_choose_different_candidates_unless_they_may_repeat(tokenizer, tasks, backbone, relaxation):
+    for repeats in (False, True):
+        extractor = ExtractorDP(3, 3, 32, ANNOTATED, relaxation(temperature=0.5), repeats=repeats)
+        extractor.build(tasks, tokenizer, backbone.embedding)
+        extractor.logits.data[:] = torch.tensor([90.0, 60.0, 30.0])
+        weights = extractor.relaxation.weights(extractor.logits, repeats)
+        assert weights.argmax(-1).tolist() == [[0, 0, 0] if repeats else [0, 1, 2]] * 3
+        assert weights.sum(-1).eq(1).all()
+        chosen = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[0]["slots"]]
+        assert chosen == ([0, 0, 0] if repeats else [0, 1, 2])
+
+
+def test_gumbel_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -1.0]).expand(4000, 1, 3)
+    drawn = GumbelStraightThrough(temperature=0.3).weights(logits).mean(dim=(0, 1))
+    assert torch.allclose(drawn, torch.tensor([0.0, 1.0, -1.0]).softmax(0), atol=0.03)
+
+
+def test_an_annealed_temperature_follows_the_steps_and_survives_a_checkpoint():
+    relaxation = Soft(temperature=Annealed(start=4.0, end=0.25, steps=4))
+    seen = []
+    for _ in range(6):
+        seen.append(relaxation.temperature)
+        relaxation.advance()
+    assert seen == pytest.approx([4.0, 2.0, 1.0, 0.5, 0.25, 0.25])
+    resumed = Soft(temperature=Annealed(start=4.0, end=0.25, steps=4))
+    resumed.load_state_dict(relaxation.state_dict())
+    assert resumed.temperature == 0.25
+    assert torch.equal(Soft(2.0).weights(torch.ones(1, 1, 2)), Soft(Annealed(2.0, 1.0, 9)).weights(torch.ones(1, 1, 2)))
+
+
+def test_an_expected_loss_over_all_samples_is_exact_and_over_some_compares_them(tokenizer, tasks, backbone):
+    batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
+    losses = {}
+    for samples in (None, 3, 2):
+        torch.manual_seed(0)
+        extractor = built(ExtractorDP(1, 3, 32, ANNOTATED, ExpectedLoss(samples=samples)), tasks, tokenizer, backbone)
+        found = extractor(batch, backbone.embedding)
+        assert len(found.embeddings) == 3 * (samples or 3)
+        assert found.alternatives.weight.view(3, -1).sum(1).tolist() == pytest.approx([1.0] * 3)
+        loss = backbone.loss(batch, found)
+        losses[samples] = loss, torch.autograd.grad(loss, extractor.logits)[0]
+    assert torch.allclose(losses[3][0], losses[None][0], atol=1e-5)
+    assert torch.allclose(losses[3][1], losses[None][1], atol=1e-5)
+    assert not torch.allclose(losses[2][1], losses[None][1], atol=1e-5)
+
+
+def test_an_expected_loss_of_several_slots_weighs_drawn_choices_by_their_joint_probability(tokenizer, tasks, backbone):
+    extractor = built(ExtractorDP(2, 3, 32, ANNOTATED, ExpectedLoss(samples=4)), tasks, tokenizer, backbone)
+    choice, log_probability = extractor.relaxation.draw(extractor.logits, 4, repeats=False)
+    assert (choice[..., 0] != choice[..., 1]).all()
+    p = extractor.logits.softmax(-1)
+    for task in range(3):
+        for i in range(4):
+            first, second = choice[task, i].tolist()
+            rest = p[task, 1].clone()
+            rest[first] = 0
+            expected = p[task, 0, first] * rest[second] / rest.sum()
+            assert log_probability[task, i].exp().item() == pytest.approx(expected.item(), rel=1e-4)
+    found = extractor(batch_of(tokenizer, INPUTS, [1, 0, 2]), backbone.embedding)
+    assert found.alternatives.weight.view(3, 4).sum(1).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_an_instance_is_never_its_own_exemplar(tokenizer, tasks, backbone):
+    pool = CandidatePool(positive_examples=False)
+    for form in (
+        ExtractorDP(1, 4, 32, pool, Soft()),
+        ExtractorIC(1, 4, 32, pool, Soft()),
+        RandomExemplar(1, 4, 32, pool),
+    ):
+        instruction = built(form, tasks, tokenizer, backbone)
+        position = instruction.candidate_rows[0][2].instance
+        batch = batch_of(tokenizer, INPUTS * 20, [0] * 60)._replace(instance=torch.full((60,), position))
+        allowed = instruction.allowed(batch)
+        assert (~allowed).nonzero()[:, 1].tolist() == [2] * 60
+        own = instruction.choose(torch.zeros(1, dtype=torch.long), torch.tensor([[2]]), backbone.embedding)
+        if isinstance(instruction, RandomExemplar):
+            drawn = instruction(batch, backbone.embedding).embeddings
+            assert not any(torch.equal(row, own.embeddings[0]) for row in drawn)
+
+
+def test_each_instance_may_choose_among_candidates_of_its_own(tokenizer, tasks, backbone):
+    extractor = built(
+        ExtractorDP(1, 3, 32, ANNOTATED, StraightThrough(), candidates_per_instance=2), tasks, tokenizer, backbone
+    )
+    batch = batch_of(tokenizer, INPUTS * 40, [0] * 120)
+    allowed = extractor.allowed(batch)
+    assert allowed.sum(1).tolist() == [2] * 120
+    assert allowed.float().mean(0).tolist() == pytest.approx([2 / 3] * 3, abs=0.15)
+
+
+def test_pools_mix_every_kind_and_headers_follow_the_choice(tokenizer, tasks, backbone):
+    pool = CandidatePool(positive_examples=True, negative_examples=True, definitions=True, instances=False)
+    extractor = built(ExtractorDP(1, 6, 32, pool), tasks, tokenizer, backbone)
+    kinds = [candidate.kind for candidate in extractor.candidate_rows[0]]
+    assert kinds == ["Positive"] * 3 + ["Negative"] + ["Definition"] * 2
+    texts = {
+        0: " Positive Example 1 -\n" + extractor.candidate_texts[0][0],
+        3: " Negative Example 1 -\n" + extractor.candidate_texts[0][3],
+        5: f"Definition: {tasks[0].definitions[1]}.\n\n",
+    }
+    task = torch.zeros(1, dtype=torch.long)
+    for choice, text in texts.items():
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        one_hot = nn.functional.one_hot(torch.tensor([[choice]]), 6).float()
+        for found in (
+            extractor.choose(task, torch.tensor([[choice]]), backbone.embedding),
+            extractor.mix(task, one_hot, backbone.embedding),
+        ):
+            assert torch.allclose(found.embeddings[0][found.mask[0]], backbone.embedding(ids), atol=1e-6)
+
+
+def test_long_candidates_are_refused_where_they_must_not_be_cut(tokenizer, tasks, backbone):
+    extractor = ExtractorDP(1, 3, candidate_length=5, pool=ANNOTATED, cut_candidates=False)
+    with pytest.raises(
+        ConfigurationError, match=r"9 candidates are longer than `candidate_length`, 5 tokens.*'Input: "
+    ):
+        extractor.build(tasks, tokenizer, backbone.embedding)
+
+
+def test_task_weights_multiply_the_losses_of_their_instances(tokenizer, tasks, backbone):
+    weights = built(TaskWeights(), tasks, tokenizer, backbone)
+    batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
+    expected, tokens = torch.zeros(()), (batch.labels != -100).sum()
+    for row, task in enumerate([1, 0, 1]):
+        one = Batch(*(column[row : row + 1] for column in batch))
+        share = (one.labels != -100).sum() / tokens
+        expected = expected + 3 * weights.logits.softmax(0)[task] * share * backbone.loss(one)
+    assert torch.allclose(backbone.loss(batch, weights(batch, backbone.embedding)), expected, atol=1e-5)
+    assert sum(row["weight"] for row in weights.describe(tokenizer, backbone.embedding)) == pytest.approx(3, abs=1e-3)
+
+
+def test_a_composition_is_its_parts_in_a_row(tokenizer, tasks, backbone):
+    soft, chosen = EmbedderDP(2), ExtractorDP(1, 3, 32, ANNOTATED, ExpectedLoss())
+    both = built(Composition([soft, chosen, TaskWeights()]), tasks, tokenizer, backbone)
+    batch = batch_of(tokenizer, INPUTS, [1, 0, 1])
+    found, alone = both(batch, backbone.embedding), chosen(batch, backbone.embedding)
+    assert torch.equal(found.embeddings[:, 2:], alone.embeddings)
+    assert torch.equal(found.embeddings[:, :2], soft.weight[batch.task[alone.alternatives.instance]])
+    assert found.weight.shape == (3,)
+    described = both.describe(tokenizer, backbone.embedding)[1]
+    assert described["task"] == "task002"
+    assert [part["form"] for part in described["parts"]] == ["EmbedderDP", "ExtractorDP", "TaskWeights"]
+    (embeddings, *_) = both.task_embeddings(backbone.embedding)
+    assert torch.equal(embeddings[:2], soft.weight[0])
+    with pytest.raises(ConfigurationError, match="2 parts of a Composition sum over alternatives"):
+        built(Composition([chosen, chosen]), tasks, tokenizer, backbone)(batch, backbone.embedding)
+    with pytest.raises(ConfigurationError, match="`parts` of a Composition is empty"):
+        Composition([])
+
+
+def test_initial_values_of_every_kind(tokenizer, tasks, backbone):
+    values = Exemplar()(tasks, 40, tokenizer, backbone.embedding)
+    text = f" Positive Example 1 -\nInput: {WORDS[0]}.\n Output: {WORDS[0]}.\n\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert torch.equal(values[0, : len(ids)], backbone.embedding.weight[ids])
+    for init in (None, Vocabulary()):
+        shared = SharedInCategory(init)(tasks, 4, tokenizer, backbone.embedding)
+        assert torch.equal(shared[0], shared[2])  # both of category a
+        assert not torch.equal(shared[0], shared[1])
+    assert SharedInCategory(Normal())(tasks, 4, tokenizer, backbone.embedding).shape == (3, 4, 16)
+
+
+@pytest.mark.parametrize("make", [lambda: EmbedderDP(2), lambda: ExtractorDP(1, 3, 32, ANNOTATED), TaskWeights])
+def test_forms_with_rows_refuse_a_task_without_one(make, tokenizer, tasks, backbone):
+    instruction = built(make(), tasks, tokenizer, backbone)
+    with pytest.raises(ConfigurationError, match="for each of its 3 train tasks and none for the task with index 3"):
+        instruction(batch_of(tokenizer, INPUTS, [0, 3, 1]), backbone.embedding)
+    assert not instruction.works_on_unseen_tasks
+
+
+def test_forms_by_conversion_work_on_unseen_tasks_without_their_answers(tokenizer, tasks, backbone):
+    seen, unseen = tasks[:2], tasks[2:]
+    for form in (EmbedderIC(Linear(2), targets=False), ExtractorIC(1, 5, 32, targets=False)):
+        form.build(seen, tokenizer, backbone.embedding, unseen)
+        assert form.works_on_unseen_tasks
+        batch = batch_of(tokenizer, INPUTS, [2, 2, 2])
+        found = form(batch, backbone.embedding)
+        changed = form(batch._replace(labels=batch.labels + 1), backbone.embedding)
+        assert torch.equal(found.embeddings, changed.embeddings)
+    assert all(candidate.instance < 0 for candidate in form.candidate_rows[2])
+    assert not EmbedderIC().works_on_unseen_tasks
+    with pytest.raises(ConfigurationError, match=r"`task003` has 0 candidate exemplars .* only annotated ones count"):
+        ExtractorIC(1, 4, 32, CandidatePool(positive_examples=False)).build(seen, tokenizer, backbone.embedding, unseen)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Annealed(1.0, 0.0, 5), "must be positive, got 1.0, 0.0 and 5"),
+        (lambda: ExpectedLoss(samples=1), "`samples` of ExpectedLoss must be 2 or more"),
+        (lambda: Pooled(hidden=0), "`hidden` must be 1 or more"),
+        (lambda: Transformer(layers=0), "`layers` and `heads` must be 1 or more, got 0 and 4"),
+        (lambda: Transformer(heads=3).build(nn.Embedding(5, 16)), "`heads` is 3, which does not divide .* 16"),
+        (lambda: Linear(length=0), "`length` of a soft instruction must be 1 or more"),
+        (lambda: TokenWise(max_length=0), "`max_length` of a token-wise conversion"),
+        (lambda: ExtractorIC(slots=3, candidates=9, candidates_per_instance=2), r"chooses 3 exemplars .* among 2"),
+        (lambda: ExtractorDP(repeats=True, candidates_per_instance=0), "`candidates_per_instance` must be 1 or more"),
+    ],
+)
+def test_bad_options_are_named(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+def test_unit_scale_is_the_root_mean_square():
+    assert torch.allclose(unit_scale(torch.tensor([[3.0, 4.0]])), torch.tensor([[3.0, 4.0]]) / 12.5**0.5)
