@@ -76,6 +76,7 @@ def run(args: ArgsType = None) -> DioptCLI:
     """
     return DioptCLI(
         **OPTIONS,
+        parser_kwargs={"epilog": f"What trains nothing, each with its own --help: diopt {' | '.join(COMMANDS)}"},
         seed_everything_default=0,
         trainer_defaults={"callbacks": [RandomState(), Results(), LearnedInstructions()]},
         save_config_kwargs={"overwrite": True},

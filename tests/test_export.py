@@ -20,6 +20,7 @@ from diopt_lightning.backbones.base import prepend
 from diopt_lightning.cli import main
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.prompts import render, render_input
+from diopt_lightning.data.tasks import read_tasks
 from diopt_lightning.export import (
     SavedRun,
     export_adapter,
@@ -28,7 +29,16 @@ from diopt_lightning.export import (
     export_text,
     instruction_embeddings,
 )
-from diopt_lightning.instructions import EmbedderDP
+from diopt_lightning.instructions import (
+    CandidatePool,
+    Composition,
+    EmbedderDP,
+    EmbedderIC,
+    ExtractorDP,
+    Linear,
+    StraightThrough,
+    TaskWeights,
+)
 from diopt_lightning.instructions.base import InstructionEmbeddings
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
@@ -232,29 +242,80 @@ def test_every_kind_of_candidate_goes_where_a_task_file_has_it(layout, tmp_path)
     assert not after["diopt_lightning"]["lossy"]
 
 
-def test_live_objects_are_exported_without_a_checkpoint(blank_exemplars, tmp_path):
-    module = optimization(EmbedderDP(length=2))
+@pytest.mark.parametrize("form", ["soft", "composition"])
+def test_live_objects_are_exported_without_a_checkpoint(form, blank_exemplars, tmp_path):
+    exemplar = ExtractorDP(1, 3, 32, CandidatePool(instances=False), StraightThrough())
+    module = optimization(EmbedderDP(2) if form == "soft" else Composition([EmbedderDP(2), exemplar, TaskWeights()]))
     quiet_trainer(max_steps=2, limit_val_batches=0).fit(module, data(blank_exemplars, tmp_path / "data"))
-    embeddings = instruction_embeddings(module)
-    learned = module.describe_instruction()
+    module.eval()
+    embeddings, learned, tokenizer = (
+        instruction_embeddings(module),
+        module.describe_instruction(),
+        module.data.tokenizer,
+    )
     written = export_embeddings(embeddings, tmp_path / "embeddings", learned["form"], learned["backbone"])
-    assert torch.equal(read_embeddings(written)[0][TASKS[0]], module.instruction.weight[0])
-    export_model(module.backbone.model, module.data.tokenizer, tmp_path / "model")
+    batch = next(iter(module.data.train_dataloader()["inner"]))
+    instruction = module.instruction(batch, module.backbone.embedding)
+    for task, rows, mask in zip(batch.task.tolist(), instruction.embeddings, instruction.mask, strict=True):
+        same(read_embeddings(written)[0][TASKS[task]], rows[mask].detach())
+    export_model(module.backbone.model, tokenizer, tmp_path / "model")
     export_adapter(embeddings, tmp_path / "adapter", base=str(tmp_path / "model"))
-    export_text(module.data.root, tmp_path / "text", learned["learned"], learned["form"], module.data.tokenizer)
+    export_text(module.data.root, tmp_path / "text", learned["learned"], learned["form"], tokenizer)
     config = json.loads((tmp_path / "adapter" / TASKS[0] / "adapter_config.json").read_text())
     model = AutoModelForSeq2SeqLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(model, tmp_path / "adapter" / TASKS[0]).eval()
-    here = logits_here(module.backbone.eval(), embeddings[TASKS[0]], INPUTS, module.data.tokenizer)
-    same(logits_of(loaded, INPUTS, module.data.tokenizer), here)
+    same(
+        logits_of(loaded, INPUTS, tokenizer),
+        logits_here(module.backbone, embeddings[TASKS[0]], INPUTS, tokenizer),
+    )
 
 
-def test_an_instruction_of_each_instance_has_no_embeddings(blank_exemplars, tmp_path, monkeypatch):
-    module = optimization(EmbedderDP(length=2))
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        (lambda: EmbedderIC(Linear(length=2)), "EmbedderIC makes an instruction for each instance"),
+        (TaskWeights, "TaskWeights puts nothing before an input"),
+    ],
+)
+def test_a_form_without_an_instruction_of_a_task_has_no_embeddings_and_no_text(
+    instruction, message, blank_exemplars, tmp_path
+):
+    module = optimization(instruction())
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, data(blank_exemplars, tmp_path))
-    monkeypatch.setattr(EmbedderDP, "task_embeddings", lambda self, embed: None)
-    with pytest.raises(ConfigurationError, match=r"EmbedderDP makes an instruction for each instance.*the model"):
+    with pytest.raises(ConfigurationError, match=f"{message}.*export the model instead"):
         instruction_embeddings(module)
+    learned = module.describe_instruction()
+    with pytest.raises(ConfigurationError, match=r"has no text for the task `task001_label_train` as a whole"):
+        export_text(tmp_path, tmp_path / "text", learned["learned"], learned["form"])
+
+
+def test_read_only_data_is_copied_and_never_into_itself(layout, tmp_path):
+    root = layout()
+    for path in (root / "tasks").iterdir():
+        path.chmod(0o444)
+    row = {"task": "task001", "nearest_tokens": ["castle"], "cosine": [0.5]}
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    export_text(root, tmp_path / "text", [row], "EmbedderDP", tokenizer)
+    assert (tmp_path / "text" / "tasks" / "task001.json").stat().st_mode & 0o200
+    with pytest.raises(ConfigurationError, match=r"is within .*tasks, which is copied: give another one"):
+        export_text(root, root / "tasks" / "text", [row], "EmbedderDP", tokenizer)
+
+
+def test_what_is_chosen_for_each_instance_is_marked_as_lossy(layout, tmp_path):
+    slot = {"kind": "Positive", "input": "oak", "output": "fox", "explanation": "", "candidate": 1, "probability": 0.5}
+    export_text(layout(), tmp_path / "text", [{"task": "task001", "slots": [slot]}], "ExtractorIC")
+    assert json.loads((tmp_path / "text" / "tasks" / "task001.json").read_text())["diopt_lightning"]["lossy"]
+
+
+def test_pieces_of_words_are_put_together(layout, tmp_path, t5_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(t5_tokenizer)
+    rows = [
+        {"task": "task001", "nearest_tokens": tokenizer.tokenize("Rephrase unbelievably"), "cosine": [0.5]},
+        {"task": "task002", "nearest_tokens": ["▁", "▁"], "cosine": [0.5, 0.5]},
+    ]
+    export_text(layout(), tmp_path / "text", rows, "EmbedderDP", tokenizer)
+    read = read_tasks(tmp_path / "text", ["task001", "task002"])
+    assert [task.definitions[0] for task in read.values()] == ["Rephrase unbelievably", "▁ ▁"]
 
 
 def test_a_checkpoint_and_data_that_have_moved_are_found_where_one_says(chosen, tmp_path):
@@ -351,6 +412,12 @@ def test_without_peft_one_is_told_how_to_install_it(soft, capfd, monkeypatch):
 def test_training_does_without_the_export():
     code = "import sys, diopt_lightning.cli; print('diopt_lightning.export' in sys.modules, 'peft' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
+
+
+def test_the_help_names_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "diopt export | instructions" in capsys.readouterr().out
 
 
 def test_every_argument_is_described(capsys):

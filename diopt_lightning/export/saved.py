@@ -62,12 +62,13 @@ class SavedRun:
     @property
     def instruction(self) -> Mapping[str, Any]:
         """What :meth:`~diopt_lightning.modules.evaluation.InstructionEvaluation.describe_instruction` returned."""
-        if "instruction" not in self.content:
+        found = self.content.get("instruction", {})
+        if "form" not in found:
             raise ConfigurationError(
                 f"The checkpoint {self.checkpoint} has no learned instruction, as its run trained without one: export "
                 "the model instead (`format: model`), or give another checkpoint."
             )
-        return cast(Mapping[str, Any], self.content["instruction"])
+        return cast(Mapping[str, Any], found)
 
     def choose(self, names: Sequence[str] | None) -> list[str]:
         """The given tasks, or all where there are none given.

@@ -12,6 +12,8 @@ from diopt_lightning.data.tasks import read_task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.folder import new_folder
 
+# Forms whose choice for a task as a whole is only the commonest of those that they make for its instances.
+BY_INSTANCE = ("ExtractorIC",)
 # Where a candidate of each kind stands in a task file.
 FIELDS = {"Positive": "Positive Examples", "Negative": "Negative Examples", "Definition": "Definition"}
 
@@ -28,9 +30,9 @@ def export_text(
     What was chosen comes first in its list (``Positive Examples``, ``Negative Examples`` or ``Definition``), in the
     order of the slots; the annotated entries follow, without those that were chosen. An exemplar is written whole, also
     where the model read it cut to ``candidate_length``. The nearest tokens of a soft instruction become the first
-    ``Definition``; that is another instruction than the one that was learned. The field ``diopt_lightning`` of the task
-    says what was done: ``form``, whether that is ``lossy``, and under ``parts`` the probability of each choice and the
-    cosine of each token.
+    ``Definition``. The field ``diopt_lightning`` of the task says what was done: ``form``, and under ``parts`` the
+    probability of each choice and the cosine of each token. ``lossy`` is true where the text is another instruction
+    than the model's: nearest tokens, and the choice for a whole task of a form that chooses for each instance.
 
     All other fields, other tasks and the split lists stay as they are.
 
@@ -50,6 +52,8 @@ def export_text(
             raise ConfigurationError(
                 f"There is no folder {root / part}: set `data` to the folder that holds `tasks/` and `splits/`."
             )
+        if folder.resolve().is_relative_to((root / part).resolve()):
+            raise ConfigurationError(f"The folder {folder} is within {root / part}, which is copied: give another one.")
     written = {}
     for row in learned:
         path = root / "tasks" / f"{row['task']}.json"
@@ -57,7 +61,8 @@ def export_text(
         written[path.name] = _with_instruction(json.loads(path.read_text(encoding="utf-8")), row, form, tokenizer)
     new_folder(folder)
     for part in ("tasks", "splits"):
-        shutil.copytree(root / part, folder / part)
+        # Without permissions: a copy of read-only data can be written to.
+        shutil.copytree(root / part, folder / part, copy_function=shutil.copyfile)
     for name, document in written.items():
         text = json.dumps(document, indent=4, ensure_ascii=False)
         (folder / "tasks" / name).write_text(f"{text}\n", encoding="utf-8")
@@ -69,6 +74,7 @@ def _with_instruction(
     """A task's document with its learned instruction."""
     first: dict[str, list[Any]] = {field: [] for field in FIELDS.values()}
     parts: list[dict[str, Any]] = []
+    lossy = False
     for part in learned_parts(row):
         if "slots" in part:
             for slot in part["slots"]:
@@ -77,15 +83,17 @@ def _with_instruction(
                 first[FIELDS[kind]].append(example["input"] if kind == "Definition" else example)
             choices = [{name: slot[name] for name in ("candidate", "probability")} for slot in part["slots"]]
             parts.append({"slots": choices})
+            lossy |= part.get("form", form) in BY_INSTANCE
         elif "nearest_tokens" in part:
             first["Definition"].append(_reading(part["nearest_tokens"], tokenizer))
             parts.append({"cosine": part["cosine"]})
+            lossy = True
     if not parts:
         raise ConfigurationError(
             f"{form} has no text for the task `{row['task']}` as a whole: it chose no exemplar for it and has no soft "
             "instruction of it. Export the model instead (`format: model`)."
         )
-    made = {"form": form, "lossy": any("cosine" in part for part in parts), "parts": parts}
+    made = {"form": form, "lossy": lossy, "parts": parts}
     written = {field: _before(entries, document[field]) for field, entries in first.items() if entries}
     return {**document, **written, "diopt_lightning": made}
 
