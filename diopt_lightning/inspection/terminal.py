@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diopt_lightning.inspection.report import MEASURES, Report, TaskReport
+from diopt_lightning.inspection.report import MEASURES, Choice, Report, TaskReport
 
 # Of a soft instruction, which may have a hundred vectors, a row shows the first few.
 TOKENS = 8
@@ -14,8 +14,10 @@ TOKENS = 8
 
 def show(report: Report, console: Console) -> None:
     """Print a table of tasks and one of the diversity over all of them."""
+    console.print(Text(headline(report)))
     console.print(tasks_table(report))
     if report.diversity:
+        console.print(Text("diversity over all train tasks"))
         console.print(diversity_table(report))
     if not any(task.choices or task.tokens or task.weight is not None for task in report.tasks):
         console.print(f"{report.form} has nothing to show by task: its instructions depend on the instance.")
@@ -29,28 +31,24 @@ def headline(report: Report) -> str:
 
 def tasks_table(report: Report) -> Table:
     """One row for each task and slot; columns that no task fills are left out."""
-    table = Table(title=headline(report), title_justify="left")
     weighted = any(task.weight is not None for task in report.tasks)
     chosen = any(task.choices for task in report.tasks)
-    soft = any(task.tokens for task in report.tasks)
+    table = Table()
     table.add_column("task", overflow="fold")
     if weighted:
         table.add_column("weight", justify="right", no_wrap=True)
     if chosen:
         table.add_column("candidate", justify="right", no_wrap=True)
         table.add_column("probability", justify="right", no_wrap=True)
-        table.add_column("chosen exemplar", ratio=1)
-    if soft:
-        table.add_column("nearest tokens (cosine)", ratio=1)
+    if chosen or any(task.tokens for task in report.tasks):
+        table.add_column("exemplar" if chosen else "nearest tokens (cosine)")
     for task in report.tasks:
-        for position in range(max(1, len(task.choices))):
-            cells = [task.name if position == 0 else ""]
-            if weighted:
-                cells += [weight_cell(task) if position == 0 else ""]
-            if chosen:
-                cells += choice_cells(task, position)
-            if soft:
-                cells += [tokens_cell(task) if position == 0 else ""]
+        rows = [choice_cells(choice) for choice in task.choices] if chosen else []
+        if task.tokens:
+            rows.append([*(["", ""] if chosen else []), tokens_cell(task, "nearest tokens: " if chosen else "")])
+        for position, row in enumerate(rows or [[]]):
+            first = [task.name, *([weight_cell(task)] if weighted else [])]
+            cells = [*(first if position == 0 else [""] * len(first)), *row]
             table.add_row(*map(Text, cells))  # as it is: an exemplar may look like rich's markup
     return table
 
@@ -63,11 +61,8 @@ def weight_cell(task: TaskReport) -> str:
     return f"{before}{task.weight:.2f}"
 
 
-def choice_cells(task: TaskReport, position: int) -> list[str]:
+def choice_cells(choice: Choice) -> list[str]:
     """Candidate and probability, each at first and now, and the exemplar in a line."""
-    if position >= len(task.choices):
-        return ["", "", ""]
-    choice = task.choices[position]
     candidate, probability = str(choice.candidate), f"{choice.probability:.2f}"
     if len(choice.history) > 1:
         _, first, probable = choice.history[0]
@@ -76,16 +71,16 @@ def choice_cells(task: TaskReport, position: int) -> list[str]:
     return [candidate, probability, shortened(choice.exemplar, 120)]
 
 
-def tokens_cell(task: TaskReport) -> str:
+def tokens_cell(task: TaskReport, before: str) -> str:
     """The first tokens, and how many more there are."""
-    shown = ", ".join(f"{token} {cosine:.2f}" for token, cosine in task.tokens[:TOKENS])
+    shown = before + ", ".join(f"{token} {cosine:.2f}" for token, cosine in task.tokens[:TOKENS])
     more = len(task.tokens) - TOKENS
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def diversity_table(report: Report) -> Table:
     """Diversity of learned instructions at first and now, beside that of the human definitions."""
-    table = Table(title="diversity over all train tasks", title_justify="left")
+    table = Table()
     for column in ("", "learned, at first", "learned, now", "human definitions"):
         table.add_column(column, justify="right" if column else "left")
     (_, first, _), (_, now, human) = report.diversity[0], report.diversity[-1]
