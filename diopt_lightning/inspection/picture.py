@@ -86,7 +86,8 @@ def draw_bundle(axes: Axes, lines: Sequence[Sequence[tuple[int, float]]]) -> Non
         axes.plot(*zip(*line, strict=True), color=LEARNED, alpha=max(0.1, min(0.5, 10 / len(lines))), linewidth=0.8)
     if len(lines) > 2 and all(len(line) == len(steps) for line in lines):
         columns = zip(*[[value for _, value in line] for line in lines], strict=True)
-        axes.plot(steps, [sorted(column)[len(lines) // 2] for column in columns], color=LEARNED, label="median")
+        medians = [sorted(column)[len(lines) // 2] for column in columns]
+        axes.plot(steps, medians, color="black", linewidth=1.6, label="median")
         axes.legend(fontsize=8)
     axes.set_xlabel("inner steps")
     axes.grid(alpha=0.3)
