@@ -4,27 +4,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.synthetic import BLANK
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions import ExtractorDP
+from diopt_lightning.instructions import ExtractorDP, ExtractorIC
+from diopt_lightning.instructions.base import Embed
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
 
 class ExemplarsFound(pl.Callback):
     """Logs ``exemplars_found``: the share of train tasks whose most likely exemplar is the real one.
 
-    It looks at the experiment's key, which nothing that learns can see.
+    Of an extractor by instance conversion it is the share of the instances in the inner batch. It looks at the
+    experiment's key, which nothing that learns can see.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to look at.
 
         Raises:
-            ConfigurationError: If the module has no extractor with free parameters.
+            ConfigurationError: If the module has no extractor that learns.
         """
-        if not (isinstance(pl_module, InstructionEvaluation) and isinstance(pl_module.instruction, ExtractorDP)):
+        extractors = (ExtractorDP, ExtractorIC)
+        if not (isinstance(pl_module, InstructionEvaluation) and isinstance(pl_module.instruction, extractors)):
             raise ConfigurationError(
-                "The callback ExemplarsFound needs a module whose `instruction` is an ExtractorDP: remove the callback."
+                "The callback ExemplarsFound needs a module whose `instruction` is an ExtractorDP or an ExtractorIC: "
+                "remove the callback."
             )
 
     def on_train_batch_end(
@@ -32,12 +37,25 @@ class ExemplarsFound(pl.Callback):
     ) -> None:
         """Log the share."""
         assert isinstance(pl_module, InstructionEvaluation)
-        assert isinstance(pl_module.instruction, ExtractorDP)
-        pl_module.log("exemplars_found", exemplars_found(pl_module.instruction), prog_bar=True)
+        extractor = pl_module.instruction
+        if isinstance(extractor, ExtractorDP):
+            found = exemplars_found(extractor)
+        else:
+            assert isinstance(extractor, ExtractorIC)
+            found = exemplars_found_for(extractor, batch["inner"], pl_module.backbone.embedding)
+        pl_module.log("exemplars_found", found, prog_bar=True)
 
 
 def exemplars_found(extractor: ExtractorDP) -> float:
     """Share of tasks whose most likely exemplar is not blank."""
     chosen = extractor.probabilities()[:, 0].argmax(dim=-1).tolist()
     found = [BLANK not in texts[choice] for texts, choice in zip(extractor.candidate_texts, chosen, strict=True)]
+    return sum(found) / len(found)
+
+
+def exemplars_found_for(extractor: ExtractorIC, batch: Batch, embed: Embed) -> float:
+    """Share of a batch's instances whose most likely exemplar is not blank."""
+    chosen = extractor.choices(batch, embed)[:, 0].tolist()
+    tasks = batch.task.tolist()
+    found = [BLANK not in extractor.candidate_texts[task][choice] for task, choice in zip(tasks, chosen, strict=True)]
     return sum(found) / len(found)

@@ -162,6 +162,12 @@ def tokenize_candidates(
     if too_long:
         total = sum(map(len, rows))
         rank_zero_info(f"candidates: {len(too_long):,} of {total:,} cut to {length} tokens (`candidate_length`)")
+    fewer = [len(row) for row in rows if len(row) < number]
+    if fewer:
+        rank_zero_info(
+            f"candidates: {len(fewer):,} of {len(rows):,} tasks have fewer than {number} (`candidates`), {min(fewer)} "
+            "at the least"
+        )
     longest = min(length, max(len(ids) for candidates in encoded for ids in candidates))
     ids = torch.full((len(rows), number, longest), tokenizer.pad_token_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)

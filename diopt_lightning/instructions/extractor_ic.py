@@ -13,7 +13,7 @@ from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.conversion import Encoding, Pooled, instance_tokens, unit_scale
-from diopt_lightning.instructions.extractor import Extractor
+from diopt_lightning.instructions.extractor import Extractor, without_repetition
 from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
 
 # Instances of a task over which its description is the mean.
@@ -119,6 +119,11 @@ class ExtractorIC(Extractor):
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the chosen exemplars of each instance."""
         return self.relaxation.extract(self, batch.task, self.scores(batch, embed), embed)
+
+    @torch.no_grad()
+    def choices(self, batch: Batch, embed: Embed) -> Tensor:
+        """The likeliest candidates for each instance, ``(batch, slots)``."""
+        return without_repetition(self.scores(batch, embed), self.repeats).argmax(dim=-1)
 
     @torch.no_grad()
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
