@@ -1,11 +1,14 @@
 """What a run learned about instructions, kept while it trains and left behind when it ends."""
 
+import io
 import math
 from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
+import numpy
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import Tensor
 
 from diopt_lightning.callbacks.results import results_folder, write_json
@@ -76,14 +79,17 @@ class LearnedInstructions(pl.Callback):
         write_json(folder / "instructions.json", data)
         report = Report.of(data)
         (folder / "instructions.html").write_text(page(report), encoding="utf-8")
+        drawn = io.BytesIO()
         figure = picture(report)
         if figure is not None:
-            figure.savefig(folder / "instructions.png", dpi=120)
+            figure.savefig(drawn, format="png")
+            (folder / "instructions.png").write_bytes(drawn.getvalue())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("instructions", markdown(report), trainer.global_step)
-                if figure is not None:
-                    logger.experiment.add_figure("instructions", figure, trainer.global_step)
+                if figure is not None:  # not `add_figure`, which would draw it a second time
+                    pixels = numpy.asarray(Image.open(drawn).convert("RGB"))
+                    logger.experiment.add_image("instructions", pixels, trainer.global_step, dataformats="HWC")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -51,7 +51,7 @@ def instructions(
                 "callback `LearnedInstructions`."
             )
         reachable(png)
-        figure.savefig(png, format="png", dpi=120)
+        figure.savefig(png, format="png")
     if json is html is png is None:
         show(report, Console())
 
