@@ -1,6 +1,6 @@
 """What the callback ``LearnedInstructions`` costs a run, in time and in memory.
 
-Run ``python -m tests.benchmarks.inspection`` in the repository's root; it takes about four minutes on one core.
+Run ``python -m tests.benchmarks.inspection`` in the repository's root; it takes about five minutes on one core.
 """
 
 import resource
@@ -28,7 +28,7 @@ HOOKS = ("on_train_start", "on_train_batch_end", "on_train_end", "on_save_checkp
 
 
 class Timed(LearnedInstructions):
-    """The callback with a clock: seconds spent in each hook, and the longest call of each."""
+    """The callback with a clock: seconds spent in each hook."""
 
     def __init__(self) -> None:
         super().__init__()
