@@ -22,7 +22,8 @@ def task_vectors(instructions: Sequence[Tensor]) -> Tensor:
         tensor([[2., 0.],
                 [0., 5.]], dtype=torch.float64)
     """
-    return torch.stack([rows.detach().double().sum(dim=0) / max(1, len(rows)) for rows in instructions]).cpu()
+    # On the CPU first: not every accelerator knows float64.
+    return torch.stack([rows.detach().cpu().double().sum(dim=0) / max(1, len(rows)) for rows in instructions])
 
 
 def mean_pairwise_cosine_distance(vectors: Tensor) -> float:

@@ -29,7 +29,7 @@ class LearnedInstructions(pl.Callback):
     learned.
 
     The moments are equally far apart. Where a run turns out longer than it said, every second is dropped and the
-    distance doubles: what is kept, and what that costs, does not grow with the length of the run.
+    distance doubles: what is kept does not grow with the length of the run.
 
     Args:
         moments: Moments of the training to keep, at most.
