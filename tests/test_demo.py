@@ -58,3 +58,14 @@ def test_the_real_exemplar_is_found(tmp_path, seed, candidates, capsys):
     assert with_learned["test/loss"] < 0.9 * with_random["test/loss"]
     assert with_learned["test/exact_match"] > with_random["test/exact_match"] + 5
     assert torch.isfinite(torch.tensor(list(with_learned.values()))).all()
+
+
+@pytest.mark.filterwarnings("default::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_real_exemplar_is_found_by_instance_conversion(tmp_path, seed, capsys):
+    metrics = run("demo_extractor_ic.yaml", seed, tmp_path)
+    with capsys.disabled():
+        print(f"\nIC seed={seed}: found {found(tmp_path):.3f}", end="")
+        print(f"; test/exact_match: {metrics['test/exact_match']:.3f}", end="")
+    assert found(tmp_path) >= 0.9
+    assert metrics["test/exact_match"] > 10  # random exemplars: 0 to 3, in the test above

@@ -155,7 +155,7 @@ def test_an_adapter_gives_the_logits_of_the_soft_instruction(soft):
 
 
 def test_an_adapter_generates_as_the_soft_instruction_does(soft):
-    model, adapter = export(soft, "model"), export(soft, "adapter", "--task", TASKS[2])
+    model, adapter = export(soft, "model"), export(soft, "adapter", "--tasks", TASKS[2])
     assert [path.name for path in adapter.iterdir()] == [TASKS[2]]
     backbone, tokenizer = backbone_of(soft), tokenizer_of(soft)
     loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(model), adapter / TASKS[2]).eval()
@@ -209,7 +209,7 @@ def test_a_copy_of_the_data_with_the_chosen_exemplars_gives_the_same_logits(chos
 
 
 def test_text_leaves_everything_else_as_it_is(soft):
-    folder = export(soft, "text", f"--task=[{TASKS[1]}]")
+    folder = export(soft, "text", f"--tasks={TASKS[1]}")
     files = sorted(
         path.relative_to(soft.data) for part in ("tasks", "splits") for path in (soft.data / part).rglob("*")
     )
@@ -341,8 +341,8 @@ def refused(capfd, *arguments: Any) -> str:
 
 @pytest.mark.parametrize("format", ["text", "embeddings", "adapter"])
 def test_an_unknown_task_is_named_with_those_there_are(soft, capfd, format):
-    said = refused(capfd, soft.checkpoint, "out", "--format", format, "--task", "task01_label_train")
-    assert "no learned instruction for the task `task01_label_train` among the 4 in" in said
+    said = refused(capfd, soft.checkpoint, "out", "--format", format, "--tasks", "task01_label_train")
+    assert "there is no `task01_label_train` among the 4 train tasks" in said
     assert f"`{TASKS[0]}`" in said
     assert not Path("out").exists()
 
@@ -350,8 +350,8 @@ def test_an_unknown_task_is_named_with_those_there_are(soft, capfd, format):
 def test_what_a_form_does_not_have_is_said(chosen, capfd):
     said = refused(capfd, chosen.checkpoint, "out", "--format=adapter")
     assert "holds the soft instruction of a task, and ExtractorDP has none: export another `format` (`text`" in said
-    said = refused(capfd, chosen.checkpoint, "out", "--format=model", f"--task={TASKS[0]}")
-    assert "The model is the same for all tasks: leave out `task`" in said
+    said = refused(capfd, chosen.checkpoint, "out", "--format=model", f"--tasks={TASKS[0]}")
+    assert "The model is the same for all tasks: leave out `tasks`" in said
 
 
 def test_what_is_no_checkpoint_is_said(capfd):

@@ -365,7 +365,7 @@ def test_the_command_shows_and_writes(blank_exemplars, tmp_path, capsys, monkeyp
         (["other.ckpt"], "other.ckpt has no learned instruction"),
         (["list.ckpt"], "list.ckpt has no learned instruction"),
         (["code.ckpt"], "code.ckpt is not a checkpoint of a run"),
-        (["good.ckpt", "--tasks=three"], "no train task is called three; there are 2, e.g. <b>one</b>, two"),
+        (["good.ckpt", "--tasks=three"], "there is no `three` among the 2 train tasks; names that come near are `two`"),
         (["good.ckpt", "--html=nowhere/page.html"], "There is no folder nowhere to write page.html to"),
         (["good.ckpt", "--png=."], ". is a folder: give the name of a file"),
     ],
@@ -388,4 +388,4 @@ def test_too_few_moments_are_refused():
 
 
 def test_a_selection_keeps_what_is_missing_missing():
-    assert select(hostile(), ["two"])["history"][1]["learned"] == []
+    assert select(hostile(), "two")["history"][1]["learned"] == []

@@ -16,10 +16,10 @@ class DoubleBackward(Product):
 
     .. math:: (H v, J^\top v) = \nabla_{(\theta, \phi)} \langle \nabla_\theta L_{train}, v \rangle
 
-    One graph of the gradient is built, serves all products and is freed when the context closes. It costs about 1.2
-    gradients to build and 1.8 for each product, and holds about three times the activations of a plain backward. With
-    several micro-batches each graph is built anew for each product, so that one of them is in memory at a time: 3
-    gradients a product. Attention runs in PyTorch's math kernel meanwhile, because the fused kernels have no second
+    One graph of the gradient is built, serves all products and is freed when the context closes. It costs about 1
+    gradient to build and 2 for each product, and about three times the memory of a plain backward. With several
+    micro-batches each graph is built anew for each product, so that one of them is in memory at a time: 3 gradients a
+    product. Attention runs in PyTorch's math kernel meanwhile, because the fused kernels have no second
     derivative; what runs outside of the context keeps its kernel.
 
     The right product where it fits into memory.

@@ -36,8 +36,8 @@ class GaussNewton(Product):
 
     The outputs are what ``inner_loss`` hands to ``torch.nn.functional.cross_entropy``, ``mse_loss`` or
     ``binary_cross_entropy_with_logits`` (also by way of ``torch.nn`` or transformers), so nothing needs to be declared.
-    A product costs about 3 gradients, the last one 3 more for the mixed term; memory is that of
-    :class:`~diopt_lightning.bilevel.DoubleBackward`.
+    A product costs about 1.3 gradients, the last one 4 more for the mixed term, and memory is about five times that of
+    a plain backward.
 
     Args:
         fraction: Share of the micro-batches that the curvature is computed on; see :class:`Product`.

@@ -20,9 +20,9 @@ class ReverseOverForward(Product):
     .. math:: (H v, J^\top v) = \nabla_{(\theta, \phi)} \left[ \frac{d}{d\epsilon}
               L_{train}(\theta + \epsilon v, \phi) \right]_{\epsilon = 0}
 
-    Nothing is kept between products: each costs about 4 to 5 gradients, more than a product of
-    :class:`~diopt_lightning.bilevel.DoubleBackward`, and its peak of memory is that of a single product. The right one
-    where a graph of the gradient does not fit and products are few, or as an independent check. Attention runs in
+    Nothing is kept between products: each costs about 3 gradients, more than a product of
+    :class:`~diopt_lightning.bilevel.DoubleBackward`, and about two thirds of its memory. The right one where a graph of
+    the gradient does not fit and products are few, or as an independent check. Attention runs in
     PyTorch's math kernel; activation checkpointing and compiled modules do not work in forward mode.
 
     Args:

@@ -1,5 +1,7 @@
 """Tasks of Super-NaturalInstructions and how they are read from the official layout."""
 
+import difflib
+import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
@@ -66,6 +68,30 @@ class Task:
     def category(self) -> str:
         """The category by which this task is grouped."""
         return self.categories[0]
+
+
+def matching_tasks(names: Sequence[str], patterns: str) -> list[str]:
+    """Return the names that match a pattern, in their own order.
+
+    Args:
+        names: Names of tasks.
+        patterns: Names, or patterns such as ``task1*``, separated by commas.
+
+    Raises:
+        ConfigurationError: If a pattern matches none of them; the message says which names come near.
+
+    Example:
+        >>> matching_tasks(["task001", "task002", "task010"], "task00*, task010")
+        ['task001', 'task002', 'task010']
+    """
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            near = ", ".join(f"`{name}`" for name in difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+            raise ConfigurationError(
+                f"`tasks`: there is no `{pattern}` among the {len(names)} train tasks; names that come near are {near}."
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
 
 
 def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:

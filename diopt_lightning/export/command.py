@@ -19,7 +19,7 @@ def export(
     folder: Path,
     *,
     format: Literal["text", "embeddings", "adapter", "model"],
-    task: str | list[str] | None = None,
+    tasks: str | None = None,
     data: Path | None = None,
     config: Path | None = None,
 ) -> None:
@@ -31,8 +31,8 @@ def export(
         format: A copy of the data with the learned instructions as text; the embeddings of the instructions, in one
             safetensors file; a PEFT adapter of each task, for the exported model; or the trained model, for
             transformers.
-        task: The name of a train task whose instruction to write, or several as ``[NAME, NAME]`` or with ``--task+``
-            for each; all where it is left out.
+        tasks: Write the instructions of these train tasks alone: names or patterns such as ``task1*``, separated by
+            commas.
         data: The folder with the tasks; needed where it is not the one that the run was given.
         config: The configuration of the run; needed where it is not in the folder above that of the checkpoint.
 
@@ -40,15 +40,14 @@ def export(
         ConfigurationError: If an argument does not fit the checkpoint.
     """
     saved = SavedRun(checkpoint, config, data)
-    names = [task] if isinstance(task, str) else task
     if format == "model":
-        if names:
-            raise ConfigurationError(f"The model is the same for all tasks: leave out `task`, which is {names}.")
+        if tasks is not None:
+            raise ConfigurationError(f"The model is the same for all tasks: leave out `tasks`, which is {tasks}.")
         _export_model(saved, folder)
     elif format == "text":
-        _export_text(saved, folder, saved.choose(names))
+        _export_text(saved, folder, saved.choose(tasks))
     else:
-        _export_vectors(saved, folder, saved.choose(names), format == "adapter")
+        _export_vectors(saved, folder, saved.choose(tasks), format == "adapter")
     print(f"Written to {folder}")
 
 

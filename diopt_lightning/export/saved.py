@@ -1,8 +1,7 @@
 """A run that is over: its checkpoint, and its modules where the checkpoint is not enough."""
 
-import difflib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.embeddings import instruction_embeddings
 from diopt_lightning.modules.evaluation import InstructionEvaluation
@@ -70,21 +70,10 @@ class SavedRun:
             )
         return cast(Mapping[str, Any], found)
 
-    def choose(self, names: Sequence[str] | None) -> list[str]:
-        """The given tasks, or all where there are none given.
-
-        Raises:
-            ConfigurationError: If one of them has no learned instruction in the checkpoint.
-        """
+    def choose(self, patterns: str | None) -> list[str]:
+        """The tasks that match, or all; see :func:`~diopt_lightning.data.tasks.matching_tasks`."""
         tasks: list[str] = self.instruction["tasks"]
-        for name in names or ():
-            if name not in tasks:
-                near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.0)
-                raise ConfigurationError(
-                    f"There is no learned instruction for the task `{name}` among the {len(tasks)} in "
-                    f"{self.checkpoint}: give names of its train tasks, such as {', '.join(f'`{n}`' for n in near)}."
-                )
-        return list(dict.fromkeys(names)) if names else tasks
+        return matching_tasks(tasks, patterns) if patterns is not None else tasks
 
     @cached_property
     def modules(self) -> tuple[InstructionEvaluation, NaturalInstructionsDataModule]:

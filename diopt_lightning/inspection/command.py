@@ -35,7 +35,7 @@ def instructions(
     """
     data = load(checkpoint)
     if tasks is not None:
-        data = select(data, [name.strip() for name in tasks.split(",")])
+        data = select(data, tasks)
     report = Report.of(data)
     if json is not None and str(json) == "-":
         sys.stdout.write(as_json(data))

@@ -14,7 +14,6 @@ The last three come from the callback :class:`~diopt_lightning.callbacks.Learned
 may anything that a form of instruction does not say of a task.
 """
 
-import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Self
 
 import torch
 
+from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 
 MEASURES = {"mean_cosine_distance": "mean pairwise cosine distance", "effective_rank": "effective rank"}
@@ -216,19 +216,19 @@ def in_order(data: dict[str, Any]) -> dict[str, Any]:
     return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
 
 
-def select(data: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-    """Keep the tasks whose names match a pattern, such as ``task1*``; numbers over all tasks stay as they are.
+def select(data: dict[str, Any], patterns: str) -> dict[str, Any]:
+    """Keep the tasks that match; numbers over all tasks stay as they are.
+
+    Args:
+        data: What a checkpoint says was learned.
+        patterns: As in :func:`~diopt_lightning.data.tasks.matching_tasks`.
 
     Raises:
         ConfigurationError: If a pattern matches no task.
     """
     names = [str(name) for name in data["tasks"]]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigurationError(
-                f"`tasks`: no train task is called {pattern}; there are {len(names)}, e.g. {', '.join(names[:3])}."
-            )
-    rows = [row for row, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    chosen_names = set(matching_tasks(names, patterns))
+    rows = [row for row, name in enumerate(names) if name in chosen_names]
 
     def some(values: Sequence[Any]) -> list[Any]:
         return [values[row] for row in rows] if values else []

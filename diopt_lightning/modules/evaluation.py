@@ -38,7 +38,7 @@ class InstructionEvaluation(pl.LightningModule):
         backbone: The language model.
         instruction: The learnable instruction, or ``None``.
         max_new_tokens: Tokens that are generated at most.
-        instructed_evaluation: Whether dev and test tasks are given the learned instruction before the human-written one.
+        instructed_evaluation: Whether dev and test tasks are given the learned instruction, before their own.
         scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
     """
 
