@@ -419,3 +419,23 @@ def test_bad_options_are_named(make, message):
 
 def test_unit_scale_is_the_root_mean_square():
     assert torch.allclose(unit_scale(torch.tensor([[3.0, 4.0]])), torch.tensor([[3.0, 4.0]]) / 12.5**0.5)
+
+
+def test_forms_by_conversion_are_described_by_the_first_instances_of_each_task(tokenizer, tasks, backbone):
+    embedder = built(EmbedderIC(TokenWise(max_length=8)), tasks, tokenizer, backbone)
+    extractor = built(ExtractorIC(2, 3, 32, ANNOTATED), tasks, tokenizer, backbone)
+    for form in (embedder, extractor):
+        assert form.task_embeddings(backbone.embedding) is None  # there is none for a task
+        assert len(form.representatives(backbone.embedding)) == 3
+    (first, *_) = embedder.representatives(backbone.embedding)
+    text = f"Now complete the following example -\nInput: {tasks[0].instances[0].input}.\nOutput: "
+    ids = tokenizer(text)["input_ids"] + tokenizer(tasks[0].instances[0].outputs[0])["input_ids"]
+    expected = embedder.conversion.map(unit_scale(backbone.embedding.weight[ids[:8]]))
+    assert torch.allclose(first, expected, atol=1e-5)
+    said = embedder.describe(tokenizer, backbone.embedding)[0]
+    assert len(said["nearest_tokens"]) == len(said["cosine"]) == 8
+    choices = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[1]["slots"]]
+    assert len(set(choices)) == 2
+    both = built(Composition([EmbedderDP(2), extractor]), tasks, tokenizer, backbone)
+    assert both.task_embeddings(backbone.embedding) is None
+    assert len(both.representatives(backbone.embedding)[0]) > 2

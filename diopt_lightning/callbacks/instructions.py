@@ -133,7 +133,7 @@ class LearnedInstructions(pl.Callback):
         """A vector of each task's learned instruction and of its definition, or ``None`` where there is none."""
         assert module.instruction is not None
         embedding = module.backbone.embedding
-        learned = module.instruction.task_embeddings(embedding)
+        learned = module.instruction.representatives(embedding)
         if learned is None or not any(len(rows) for rows in learned):
             return None
         human = [embedding(ids.to(embedding.weight.device)) for ids in self._definitions]

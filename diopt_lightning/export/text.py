@@ -12,6 +12,8 @@ from diopt_lightning.data.tasks import read_task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.folder import new_folder
 
+# Forms whose description is about one instance, and would be a wrong definition of its task.
+READ_BY_INSTANCE = ("EmbedderIC",)
 # Forms whose choice for a task as a whole is only the commonest of those that they make for its instances.
 BY_INSTANCE = ("ExtractorIC",)
 # Where a candidate of each kind stands in a task file.
@@ -84,7 +86,7 @@ def _with_instruction(
             choices = [{name: slot[name] for name in ("candidate", "probability")} for slot in part["slots"]]
             parts.append({"slots": choices})
             lossy |= part.get("form", form) in BY_INSTANCE
-        elif "nearest_tokens" in part:
+        elif "nearest_tokens" in part and part.get("form", form) not in READ_BY_INSTANCE:
             first["Definition"].append(_reading(part["nearest_tokens"], tokenizer))
             parts.append({"cosine": part["cosine"]})
             lossy = True

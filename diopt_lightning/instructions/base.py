@@ -94,6 +94,13 @@ class Instruction(nn.Module, ABC):
         """
         return None
 
+    def representatives(self, embed: Embed) -> list[Tensor] | None:
+        """Return an instruction that stands for each train task where tasks are compared, ``(length, dim)``.
+
+        That is the task's own, or, of a form that depends on the instance, one for its first instances.
+        """
+        return self.task_embeddings(embed)
+
     def rows(self, task: Tensor, names: Sequence[str]) -> Tensor:
         """Return ``task`` as indices of rows for the tasks ``names``.
 

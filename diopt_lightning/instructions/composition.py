@@ -84,13 +84,11 @@ class Composition(Instruction):
 
     def task_embeddings(self, embed: Embed) -> list[Tensor] | None:
         """Return the parts' embeddings of each task in a row; see :class:`Instruction`."""
-        columns = []
-        for part in self.instructions:
-            embeddings = part.task_embeddings(embed)
-            if embeddings is None:
-                return None
-            columns.append(embeddings)
-        return [torch.cat(rows) for rows in zip(*columns, strict=True)]
+        return in_a_row([part.task_embeddings(embed) for part in self.instructions])
+
+    def representatives(self, embed: Embed) -> list[Tensor] | None:
+        """Return the parts' representatives of each task in a row; see :class:`Instruction`."""
+        return in_a_row([part.representatives(embed) for part in self.instructions])
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the parts' embeddings in a row.
@@ -112,6 +110,14 @@ class Composition(Instruction):
             alternatives,
             weight,
         )
+
+
+def in_a_row(parts: Sequence[list[Tensor] | None]) -> list[Tensor] | None:
+    """Concatenate what each part has of each task; nothing if a part has none."""
+    columns = [part for part in parts if part is not None]
+    if len(columns) < len(parts):
+        return None
+    return [torch.cat(rows) for rows in zip(*columns, strict=True)]
 
 
 def only_one(alternatives: Any) -> Alternatives | None:

@@ -6,11 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
+from diopt_lightning.data.prompts import render_input
+from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed
+
+# Instances of a task that its description looks at.
+DESCRIBED_INSTANCES = 4
 
 
 def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
@@ -25,6 +30,24 @@ def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
     there = batch.labels != IGNORED_LABEL
     ids = torch.cat([batch.input_ids, batch.labels.where(there, torch.zeros_like(batch.labels))], dim=1)
     return ids, torch.cat([mask, there], dim=1)
+
+
+def example_batch(index: int, task: Task, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The first instances of a task as a batch, without human-written instructions: to say what becomes of them."""
+    instances = task.instances[:DESCRIBED_INSTANCES]
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    sources = [encode(render_input(instance.input)) for instance in instances]
+    targets = [encode(instance.outputs[0]) for instance in instances]
+    return Batch(
+        input_ids=pad(sources, tokenizer.pad_token_id),
+        attention_mask=pad([[1] * len(source) for source in sources], 0),
+        labels=pad(targets, IGNORED_LABEL),
+        task=torch.full((len(instances),), index),
+        instance=torch.arange(len(instances)),
+    )
 
 
 def pooled(embeddings: Tensor, mask: Tensor) -> Tensor:

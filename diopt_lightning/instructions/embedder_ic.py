@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
-from diopt_lightning.instructions.conversion import Conversion, Linear, instance_tokens
+from diopt_lightning.instructions.conversion import Conversion, Linear, example_batch, instance_tokens
+from diopt_lightning.instructions.embedder import nearest_tokens
 
 
 class EmbedderIC(Instruction):
@@ -36,6 +38,7 @@ class EmbedderIC(Instruction):
         super().__init__()
         self.conversion = conversion if conversion is not None else Linear()
         self.targets = targets
+        self._examples: list[Batch] = []
 
     @property
     def length(self) -> int:
@@ -57,10 +60,22 @@ class EmbedderIC(Instruction):
         """Make the network; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.conversion.build(embedding)
+        self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
-        """Return the names of the tasks alone: an instruction belongs to an instance."""
-        return [{"task": name} for name in self.task_names]
+        """Return for each task the tokens nearest to its first instance's instruction, and the cosines."""
+        read = nearest_tokens(self.representatives(embedding), tokenizer, embedding)
+        return [{"task": name, **tokens} for name, tokens in zip(self.task_names, read, strict=True)]
+
+    @torch.no_grad()
+    def representatives(self, embed: Embed) -> list[Tensor]:
+        """Return the instruction of the first instance of each task; see :class:`Instruction`."""
+        device = next(self.conversion.parameters()).device
+        vectors = []
+        for batch in self._examples:
+            found = self(Batch(*(column[:1].to(device) for column in batch)), embed)
+            vectors.append(found.embeddings[0][found.mask[0]])
+        return vectors
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance."""

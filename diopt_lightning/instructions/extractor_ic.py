@@ -7,17 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
-from diopt_lightning.data.prompts import render_input
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import CandidatePool
-from diopt_lightning.instructions.conversion import Encoding, Pooled, instance_tokens, unit_scale
+from diopt_lightning.instructions.conversion import Encoding, Pooled, example_batch, instance_tokens, unit_scale
 from diopt_lightning.instructions.extractor import Extractor, without_repetition
 from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
-
-# Instances of a task over which its description is the mean.
-DESCRIBED_INSTANCES = 4
 
 
 class ExtractorIC(Extractor):
@@ -126,28 +122,21 @@ class ExtractorIC(Extractor):
         return without_repetition(self.scores(batch, embed), self.repeats).argmax(dim=-1)
 
     @torch.no_grad()
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
-        """Return for each task the exemplars that are likeliest on average over its first instances."""
+    def mean_probabilities(self, embed: Embed) -> Tensor:
+        """How likely each candidate is on average over the first instances of its task, as in :meth:`described`."""
         means = []
         for batch in self._examples:
             on_device = Batch(*(column.to(self.bilinear.device) for column in batch))
-            means.append(self.relaxation.probabilities(self.scores(on_device, embedding)).mean(dim=0))
-        return self.described(torch.stack(means))
+            means.append(self.relaxation.probabilities(self.scores(on_device, embed)).mean(dim=0))
+        return torch.stack(means)
 
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+        """Return for each task the exemplars that are likeliest on average over its first instances."""
+        return self.described(self.mean_probabilities(embedding))
 
-def example_batch(index: int, task: Task, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """The first instances of a task as a batch, without human-written instructions."""
-    instances = task.instances[:DESCRIBED_INSTANCES]
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
-
-    sources = [encode(render_input(instance.input)) for instance in instances]
-    targets = [encode(instance.outputs[0]) for instance in instances]
-    return Batch(
-        input_ids=pad(sources, tokenizer.pad_token_id),
-        attention_mask=pad([[1] * len(source) for source in sources], 0),
-        labels=pad(targets, IGNORED_LABEL),
-        task=torch.full((len(instances),), index),
-        instance=torch.arange(len(instances)),
-    )
+    @torch.no_grad()
+    def representatives(self, embed: Embed) -> list[Tensor]:
+        """Return the exemplars that :meth:`describe` names; see :class:`Instruction`."""
+        choice = without_repetition(self.mean_probabilities(embed), self.repeats).argmax(dim=-1)
+        chosen = self.choose(torch.arange(len(choice), device=choice.device), choice, embed)
+        return [rows[used] for rows, used in zip(chosen.embeddings, chosen.mask, strict=True)]
