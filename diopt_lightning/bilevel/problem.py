@@ -129,10 +129,9 @@ def replayed(loss: Loss) -> Loss:
     """Make a loss start from the same random state in every call and consume none of it."""
 
     def evaluate() -> Tensor:
-        # Devices that were never used are not initialized for this.
+        # This process's own GPU, if it has one: asking the others for their state would open a context on each.
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        devices = range(torch.cuda.device_count()) if used else []
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if used else []), torch.enable_grad():
             return loss()
 
     return evaluate
