@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.bilevel import Neumann
+from diopt_lightning.bilevel import Chebyshev, Neumann
 from diopt_lightning.callbacks import RandomState, Results
 from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule, PromptFormat
 from diopt_lightning.instructions import (
@@ -159,6 +159,45 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(form, blank_exemplars, t
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]) if isinstance(value, torch.Tensor) else value == resumed[name], name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda: optimization(ExtractorDP(1, 3, 32, POOL)),
+            "run with the instruction EmbedderDP, and `model.instruction` is ExtractorDP",
+        ),
+        (
+            lambda: optimization(EmbedderDP(length=5)),
+            r"`instruction.weight` has the shape \(4, 3, 16\) .* \(4, 5, 16\)",
+        ),
+        (lambda: InstructionTuning(RandomSeq2Seq(dict(TINY_T5))), "EmbedderDP, and `model.instruction` is none"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_refused_by_name(change, message, blank_exemplars, tmp_path):
+    trainer, tasks = quiet_trainer(max_steps=2, limit_val_batches=0), data(blank_exemplars, tmp_path)
+    trainer.fit(optimization(EmbedderDP(length=3)), tasks)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    with pytest.raises(ConfigurationError, match=message):
+        quiet_trainer(max_steps=4).fit(change(), data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "saved.ckpt")
+
+
+def test_a_checkpoint_of_other_tasks_or_of_another_estimator_is_refused_by_name(blank_exemplars, tmp_path):
+    trainer, tasks = quiet_trainer(max_steps=2, limit_val_batches=0), data(blank_exemplars, tmp_path)
+    trainer.fit(optimization(EmbedderDP(length=3)), tasks)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    other = optimization(EmbedderDP(length=3))
+    other.hypergradient = Chebyshev()
+    with pytest.raises(ConfigurationError, match=r"state of Neumann, and `model\.hypergradient` is"):
+        quiet_trainer(max_steps=4).fit(other, data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "saved.ckpt")
+    content = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    content["instruction"]["tasks"][1] = "task999_other"
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ConfigurationError, match=r"for 4 train tasks, .* `task002_label_train` is the first of 2"):
+        quiet_trainer(max_steps=4).fit(
+            optimization(EmbedderDP(length=3)), data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "changed.ckpt"
+        )
 
 
 class EqualOnAllProcesses(pl.Callback):

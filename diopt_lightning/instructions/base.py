@@ -60,6 +60,11 @@ class Instruction(nn.Module, ABC):
         """Whether it has an instruction for tasks that it did not learn from, as what an instance is converted to."""
         return False
 
+    @property
+    def has_a_row_for_each_task(self) -> bool:
+        """Whether parameters belong to single train tasks, so that they mean nothing for another list of tasks."""
+        return True
+
     @abstractmethod
     def build(
         self,

@@ -49,6 +49,11 @@ class Composition(Instruction):
         return sum(part.length for part in self.instructions)
 
     @property
+    def has_a_row_for_each_task(self) -> bool:
+        """Whether a part has."""
+        return any(part.has_a_row_for_each_task for part in self.instructions)
+
+    @property
     def works_on_unseen_tasks(self) -> bool:
         """Whether all parts do."""
         return all(part.works_on_unseen_tasks for part in self.instructions)

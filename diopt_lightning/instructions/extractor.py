@@ -276,6 +276,11 @@ class RandomExemplar(Extractor):
         super().__init__(slots, candidates, candidate_length, pool)
 
     @property
+    def has_a_row_for_each_task(self) -> bool:
+        """No: there are no parameters."""
+        return False
+
+    @property
     def works_on_unseen_tasks(self) -> bool:
         """There is nothing that it would have to know of a task."""
         return True

@@ -71,6 +71,11 @@ class ExtractorIC(Extractor):
         self._examples: list[Batch] = []
 
     @property
+    def has_a_row_for_each_task(self) -> bool:
+        """No: the parameters are shared by all tasks."""
+        return False
+
+    @property
     def works_on_unseen_tasks(self) -> bool:
         """Whether it does without targets."""
         return not self.targets

@@ -345,12 +345,29 @@ class BilevelModule(pl.LightningModule, ABC):
             "inner_batches_seen": self.inner_batches_seen,
             "inner_steps_taken": self.inner_steps_taken,
             "outer_steps_taken": self.outer_steps_taken,
+            "estimator": type(self.hypergradient).__name__,
             "hypergradient": self.hypergradient.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added."""
+        """Restore what :meth:`on_save_checkpoint` added.
+
+        Raises:
+            ConfigurationError: If there is nothing of the kind, or the state is that of another estimator.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "bilevel" not in checkpoint:
+            raise ConfigurationError(
+                f"The checkpoint is not of a bilevel run, and {type(self).__name__} cannot go on from it: give one "
+                "that such a run has saved."
+            )
         state = checkpoint["bilevel"]
+        estimator = type(self.hypergradient).__name__
+        if state["estimator"] != estimator:
+            raise ConfigurationError(
+                f"The checkpoint has the state of {state['estimator']}, and `model.hypergradient` is {estimator}: "
+                "give the configuration that the checkpoint was written with."
+            )
         self.inner_batches_seen = state["inner_batches_seen"]
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]

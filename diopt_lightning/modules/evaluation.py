@@ -107,6 +107,42 @@ class InstructionEvaluation(pl.LightningModule):
             # A callback may have put something there already.
             checkpoint.setdefault("instruction", {}).update(self.describe_instruction())
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of such a run, before its weights are loaded.
+
+        Raises:
+            ConfigurationError: If its instruction is of another form, size or list of tasks, or its model of another
+                size.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("instruction", {})
+        form = type(self.instruction).__name__ if self.instruction is not None else "none"
+        if saved.get("form", "none") != form:
+            raise ConfigurationError(
+                f"The checkpoint is of a run with the instruction {saved.get('form', 'none')}, and `model.instruction` "
+                f"is {form}: give the configuration that the checkpoint was written with."
+            )
+        if self.instruction is not None and self.instruction.has_a_row_for_each_task:
+            tasks = [task.name for task in self.data.split_tasks("train")]
+            differing = sorted(set(saved["tasks"]) ^ set(tasks))
+            if differing or saved["tasks"] != tasks:
+                what = (
+                    f"`{differing[0]}` is the first of {len(differing)} that differ"
+                    if differing
+                    else "in another order"
+                )
+                raise ConfigurationError(
+                    f"The checkpoint's {form} is for {len(saved['tasks'])} train tasks, and the data has {len(tasks)}; "
+                    f"{what}: give the data and the splits that it was trained on."
+                )
+        own = self.state_dict()
+        for name, value in checkpoint["state_dict"].items():
+            if isinstance(value, Tensor) and name in own and own[name].shape != value.shape:
+                raise ConfigurationError(
+                    f"`{name}` has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in "
+                    "the model: give the configuration that the checkpoint was written with."
+                )
+
     def describe_instruction(self) -> dict[str, Any]:
         """Return what was learned, as numbers and text alone.
 
