@@ -303,6 +303,14 @@ def test_each_instance_may_choose_among_candidates_of_its_own(tokenizer, tasks, 
     assert allowed.float().mean(0).tolist() == pytest.approx([2 / 3] * 3, abs=0.15)
 
 
+def test_looking_at_what_was_learned_draws_nothing(tokenizer, tasks, backbone):
+    extractor = built(ExtractorIC(1, 3, 32, ANNOTATED, candidates_per_instance=2), tasks, tokenizer, backbone)
+    before = torch.get_rng_state()
+    extractor.describe(tokenizer, backbone.embedding)
+    extractor.representatives(backbone.embedding)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_pools_mix_every_kind_and_headers_follow_the_choice(tokenizer, tasks, backbone):
     pool = CandidatePool(positive_examples=True, negative_examples=True, definitions=True, instances=False)
     extractor = built(ExtractorDP(1, 6, 32, pool), tasks, tokenizer, backbone)

@@ -132,7 +132,10 @@ class ExtractorIC(Extractor):
         means = []
         for batch in self._examples:
             on_device = Batch(*(column.to(self.bilinear.device) for column in batch))
-            means.append(self.relaxation.probabilities(self.scores(on_device, embed)).mean(dim=0))
+            # Looking must not change what a run draws next, where instances draw their candidates.
+            with torch.random.fork_rng(devices=[]):
+                scores = self.scores(on_device, embed)
+            means.append(self.relaxation.probabilities(scores).mean(dim=0))
         return torch.stack(means)
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
