@@ -28,6 +28,9 @@ PARTS = [
     ("instruction", "diopt_lightning.instructions.EmbedderDP"),
     ("instruction", "diopt_lightning.instructions.ExtractorDP"),
     ("instruction", "diopt_lightning.instructions.RandomExemplar"),
+    ("instruction", "diopt_lightning.instructions.EmbedderIC"),
+    ("instruction", "diopt_lightning.instructions.ExtractorIC"),
+    ("instruction", "diopt_lightning.instructions.Composition"),
     *(
         ("hypergradient", f"diopt_lightning.bilevel.{name}")
         for name in (
@@ -126,6 +129,31 @@ def test_an_estimator_a_product_and_a_spectrum_are_chosen_on_the_command_line(na
     assert estimator.init_args.products == 7
     assert estimator.init_args.product.init_args.fraction == 0.5
     assert estimator.init_args.spectrum.init_args.refresh_every == 10
+
+
+def test_a_composition_with_nested_parts_is_written_in_yaml():
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    forms = "diopt_lightning.instructions"
+    annealed = {"start": 2.0, "end": 0.5, "steps": 100}
+    relaxation = {"class_path": f"{forms}.GumbelStraightThrough", "init_args": {"temperature": annealed}}
+    encoding = {"class_path": f"{forms}.Transformer", "init_args": {"heads": 2}}
+    conversion = {"class_path": f"{forms}.Linear", "init_args": {"length": 4, "encoding": encoding}}
+    config["model"]["init_args"]["instruction"] = {
+        "class_path": f"{forms}.Composition",
+        "init_args": {
+            "parts": [
+                {"class_path": f"{forms}.EmbedderIC", "init_args": {"conversion": conversion}},
+                {"class_path": f"{forms}.ExtractorIC", "init_args": {"candidates": 3, "relaxation": relaxation}},
+                {"class_path": f"{forms}.TaskWeights"},
+            ]
+        },
+    }
+    Path("composed.yaml").write_text(yaml.safe_dump(config))
+    parsed = parse("fit", "--config", "composed.yaml").fit.model.init_args.instruction
+    embedder, extractor, weights = parsed.init_args.parts
+    assert embedder.init_args.conversion.init_args.encoding.init_args.heads == 2
+    assert extractor.init_args.relaxation.init_args.temperature.end == 0.5  # a plain dataclass
+    assert weights.class_path == f"{forms}.TaskWeights"
 
 
 def check_help(text: str, prefix: str) -> None:

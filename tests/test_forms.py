@@ -187,6 +187,33 @@ def test_bilinear_scores_equal_the_obvious_loop(tokenizer, tasks, backbone):
     assert torch.isinf(found[:, :, 3]).all()  # these tasks have three annotated examples
 
 
+def attended(layer: nn.TransformerEncoderLayer, x: Tensor, heads: int) -> Tensor:
+    """Self-attention of one sequence ``(length, dim)``, head by head and position by position."""
+    attention, size = layer.self_attn, x.shape[1] // heads
+    query, key, value = (x @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, dim=1)
+    rows = []
+    for position in range(len(x)):
+        mixed = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[position, part] @ key[other, part] for other in range(len(x))]) / size**0.5
+            mixed.append(sum(p * value[other, part] for other, p in enumerate(scores.softmax(0))))
+        rows.append(attention.out_proj.weight @ torch.cat(mixed) + attention.out_proj.bias)
+    return torch.stack(rows)
+
+
+def test_transformer_encoding_equals_the_obvious_loop(tokenizer, tasks, backbone):
+    embedder = built(EmbedderIC(Linear(length=2, encoding=Transformer(heads=2))), tasks, tokenizer, backbone)
+    batch, (layer,) = batch_of(tokenizer, INPUTS, [0, 1, 2]), embedder.conversion.encoding.encoder.layers
+    found = embedder(batch, backbone.embedding)
+    for row in range(3):
+        x = backbone.embedding.weight[tokens_of(tokenizer, batch, row)]
+        x = x + attended(layer, layer.norm1(x), heads=2)
+        x = x + layer.linear2(layer.linear1(layer.norm2(x)).clamp(min=0))
+        expected = embedder.conversion.map(rms(x.mean(0)))
+        assert torch.allclose(found.embeddings[row].flatten(), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("encoding", [Pooled(hidden=4), Transformer(heads=2)], ids=["pooled", "transformer"])
 def test_padding_changes_no_encoding(tokenizer, tasks, backbone, encoding):
     embedder = built(EmbedderIC(Linear(length=2, encoding=encoding)), tasks, tokenizer, backbone)
