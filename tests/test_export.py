@@ -355,7 +355,7 @@ def test_what_a_form_does_not_have_is_said(chosen, capfd):
 
 
 def test_what_is_no_checkpoint_is_said(capfd):
-    assert "There is no checkpoint none.ckpt" in refused(capfd, "none.ckpt", "out", "--format=text")
+    assert "There is no file none.ckpt" in refused(capfd, "none.ckpt", "out", "--format=text")
     Path("text.ckpt").write_text("hello")
     assert "Cannot read text.ckpt as a checkpoint" in refused(capfd, "text.ckpt", "out", "--format=text")
     torch.save({"weight": torch.zeros(1)}, "weights.ckpt")

@@ -361,10 +361,10 @@ def test_the_command_shows_and_writes(blank_exemplars, tmp_path, capsys, monkeyp
     ("arguments", "message"),
     [
         (["nowhere.ckpt"], "There is no file nowhere.ckpt"),
-        (["text.ckpt"], "text.ckpt is not a checkpoint of a run"),
+        (["text.ckpt"], "Cannot read text.ckpt as a checkpoint"),
         (["other.ckpt"], "other.ckpt has no learned instruction"),
-        (["list.ckpt"], "list.ckpt has no learned instruction"),
-        (["code.ckpt"], "code.ckpt is not a checkpoint of a run"),
+        (["list.ckpt"], "list.ckpt is not a checkpoint"),
+        (["code.ckpt"], "Cannot read code.ckpt as a checkpoint (Weights only load failed)"),
         (["good.ckpt", "--tasks=three"], "there is no `three` among the 2 train tasks; names that come near are `two`"),
         (["good.ckpt", "--html=nowhere/page.html"], "There is no folder nowhere to write page.html to"),
         (["good.ckpt", "--png=."], ". is a folder: give the name of a file"),

@@ -1,6 +1,5 @@
 """A run that is over: its checkpoint, and its modules where the checkpoint is not enough."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from diopt_lightning.checkpoints import read_checkpoint
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
@@ -38,16 +38,8 @@ class SavedRun:
     @cached_property
     def content(self) -> dict[str, Any]:
         """The checkpoint's content."""
-        if not self.checkpoint.is_file():
-            raise ConfigurationError(f"There is no checkpoint {self.checkpoint}: give a file that a run has saved.")
-        try:
-            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise ConfigurationError(
-                f"Cannot read {self.checkpoint} as a checkpoint ({str(error).strip().splitlines()[0]}): give a `.ckpt` "
-                "file that a run has saved."
-            ) from error
-        if not isinstance(content, dict) or "state_dict" not in content:
+        content = read_checkpoint(self.checkpoint)
+        if "state_dict" not in content:
             raise ConfigurationError(
                 f"{self.checkpoint} is not a checkpoint of Lightning, as it has no `state_dict`: give a `.ckpt` file "
                 "that a run has saved."

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
+from diopt_lightning.checkpoints import read_checkpoint
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 
@@ -193,14 +192,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: If the file is not there, is no checkpoint, or has no learned instruction.
     """
-    if not path.is_file():
-        raise ConfigurationError(f"There is no file {path}: give the checkpoint of a run (`.ckpt`).")
-    try:
-        # Mapped, so that weights and optimizers, which nobody looks at here, are not read.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the many readers of other formats raise
-        raise ConfigurationError(f"{path} is not a checkpoint of a run: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("instruction"), dict):
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.get("instruction"), dict):
         raise ConfigurationError(
             f"{path} has no learned instruction: it is not from a run of `diopt fit` whose model has an `instruction`."
         )

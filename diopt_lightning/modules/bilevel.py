@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from diopt_lightning.bilevel import (
 from diopt_lightning.bilevel.problem import Loss
 from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.modules.training import clip, constants, evaluation_mode
 
 
 class BilevelModule(pl.LightningModule, ABC):
@@ -372,39 +372,3 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]
         self.hypergradient.load_state_dict(state["hypergradient"])
-
-
-@contextmanager
-def constants(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Treat parameters as constants meanwhile: no graph for them, and no gradient in their ``.grad``."""
-    required = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(parameters, required, strict=True):
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and restore the mode of every submodule afterwards."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
-
-
-def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale gradients to a norm of at most ``limit``, and return the norm before that.
-
-    Raises:
-        RuntimeError: If the norm is not finite: a step along it would destroy the parameters.
-    """
-    return nn.utils.clip_grad_norm_(
-        parameters, max_norm=limit if limit is not None else float("inf"), error_if_nonfinite=True
-    )
