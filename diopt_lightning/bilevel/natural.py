@@ -84,8 +84,17 @@ class NaturalHypergradient(ImplicitEstimator):
         self._damping = 0.0
 
     def observe(self, problem: BilevelProblem) -> None:
-        """Add the inner gradient in ``.grad`` to the Fisher matrix; see :class:`HypergradientEstimator`."""
+        """Add the inner gradient in ``.grad`` to the Fisher matrix; see :class:`HypergradientEstimator`.
+
+        Raises:
+            ConfigurationError: If no inner parameter has a gradient.
+        """
         parameters = problem.inner_parameters
+        if all(parameter.grad is None for parameter in parameters):
+            raise ConfigurationError(
+                "NaturalHypergradient was shown an inner step without a gradient: call `observe(problem)` after the "
+                "backward pass, which leaves it in `.grad`, and before the gradient is cleared."
+            )
         gradient = as_vector([parameter.grad for parameter in parameters], parameters)
         if self.rank is not None:
             self._gradients = [*self._gradients, [entry.clone() for entry in gradient]][-self.rank :]

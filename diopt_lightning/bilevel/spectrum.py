@@ -58,7 +58,7 @@ class Spectrum:
     r"""Bounds of the inner Hessian's spectrum, estimated now and then, and corrected when products prove them wrong.
 
     Args:
-        products: Products spent on an estimate. Default: 8, which leaves an error of a few percent at the upper end.
+        products: Products spent on an estimate. Default: 8; where that is too low, later products show it.
         refresh_every: Hypergradients between two estimates. Default: 50, so that they cost less than one product in
             five.
 

@@ -84,7 +84,7 @@ def test_tied_parameters_count_once(make):
     gradients = []
     for each in (problem, listed_once):
         estimator = make()
-        estimator.observe(replace(each, inner_loss=each.inner_loss))
+        observe_ones(estimator, each)
         gradients.append(estimator(each).gradient[0])
     assert torch.equal(*gradients)
 
@@ -109,7 +109,7 @@ def test_the_direct_term_is_included(make):
     gradients = []
     for each in (problem, direct):
         estimator = make()
-        estimator.observe(each) if not isinstance(estimator, NaturalHypergradient) else observe_ones(estimator, each)
+        observe_ones(estimator, each)
         gradients.append(estimator(each).gradient[0])
     assert torch.allclose(gradients[1] - gradients[0], offset, atol=1e-9)
 
@@ -186,8 +186,8 @@ def test_a_resumed_estimator_goes_on_bitwise(make):
             torch.manual_seed(number)
             problem, _, phi = tied_network()
             phi.data.normal_()
-            estimator.observe(problem)
-            observe_ones(estimator, problem)
+            for _ in range(2):  # Unrolled keeps two, which are not part of its state
+                observe_ones(estimator, problem)
             found.append(estimator(problem).gradient[0])
         return found
 
@@ -307,6 +307,12 @@ def test_estimators_that_watch_the_inner_steps_say_so(make):
     problem, _, _ = tied_network()
     with pytest.raises(ConfigurationError, match=r"call `observe\(problem\)` after the backward pass"):
         make()(problem)
+
+
+def test_an_inner_step_without_a_gradient_is_not_taken_for_a_gradient_of_zero():
+    problem, _, _ = tied_network()
+    with pytest.raises(ConfigurationError, match="was shown an inner step without a gradient"):
+        NaturalHypergradient().observe(problem)
 
 
 @pytest.mark.parametrize(
