@@ -16,7 +16,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.backbones.base import prepend
 from diopt_lightning.cli import main
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.prompts import render, render_input
@@ -41,7 +40,7 @@ from diopt_lightning.instructions import (
 )
 from diopt_lightning.instructions.base import InstructionEmbeddings
 from tests.conftest import TINY_T5
-from tests.helpers import quiet_trainer
+from tests.helpers import prepend, quiet_trainer
 from tests.test_cli import small_run
 from tests.test_text_modules import data, optimization
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
-from diopt_lightning.backbones.base import prepend
 from diopt_lightning.bilevel import BilevelProblem, Neumann
 from diopt_lightning.data.collate import Batch, pad
 from diopt_lightning.data.prompts import PromptFormat, render
@@ -28,6 +27,7 @@ from diopt_lightning.instructions import (
     Vocabulary,
 )
 from tests.conftest import TINY_T5
+from tests.helpers import prepend
 
 
 @pytest.fixture

@@ -1,20 +1,20 @@
-"""How a language model takes instruction embeddings."""
+"""What a backbone is: a language model that takes instruction embeddings."""
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
-from diopt_lightning.instructions.base import InstructionEmbeddings
+from diopt_lightning.data.text_format import TextFormat
+from diopt_lightning.instructions.base import InstructionEmbeddings, embedded
 
 
 class Backbone(nn.Module, ABC):
-    """A language model whose inputs may begin with embeddings instead of tokens.
+    """A language model whose inputs may hold embeddings instead of tokens.
 
-    The constructor takes the options; :meth:`build` makes the model once the tokenizer is known.
+    The constructor takes the options; :meth:`build` makes the model once the tokenizer is known. A family of models
+    says how it reads texts (:meth:`text_format`), what a target costs (:meth:`target_losses`) and how it generates.
 
     Attributes:
         name: Name on the hub, or folder, of the pretrained model; what it is made of where there is none.
@@ -28,6 +28,14 @@ class Backbone(nn.Module, ABC):
         """The input embedding."""
 
     @abstractmethod
+    def text_format(self, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """What stands around a source and a target.
+
+        Raises:
+            ConfigurationError: If the tokenizer does not have what it needs.
+        """
+
+    @abstractmethod
     def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the model; does nothing if it is there.
 
@@ -36,51 +44,47 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Cross-entropy of the targets given ``[instruction ; input]``, the mean over the batch's target tokens.
+    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+        """Sum of the cross-entropies of each row's target tokens given instruction and input, ``(batch,)`` in nats.
 
-        Where the instruction has several alternatives for an instance, its loss is their weighted mean. Where it weighs
-        instances, their losses are multiplied; the mean is still that over all target tokens.
+        The instruction has a row for each row of the batch.
         """
 
     @abstractmethod
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Greedy outputs of ``[instruction ; input]`` as token ids ``(batch, up to max_new_tokens + 1)``.
+        """Greedy outputs given instruction and input as token ids ``(batch, up to max_new_tokens + 1)``.
 
         The instruction has no alternatives.
         """
 
+    def check_lengths(self, source: int, target: int) -> None:
+        """Refuse texts that are longer than the model has positions for.
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies of each row's target tokens.
+        Args:
+            source: Tokens of a source at most, those of a learned instruction included.
+            target: Tokens of a target at most.
 
-    Args:
-        logits: ``(rows, length, vocabulary)``.
-        labels: ``(rows, length)``, -100 where there is no target.
+        Raises:
+            ConfigurationError: If they do not fit.
+        """
 
-    Returns:
-        Losses ``(rows,)`` in nats.
-    """
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL)
-    return losses.view(labels.shape).sum(dim=1)
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed ids ``(...)`` as vectors ``(..., dim)`` in float32 at least, in which instructions compute."""
+        return embedded(self.embedding, ids)
 
+    def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
+        """Cross-entropy of the targets given instruction and input, the mean over the batch's target tokens, a scalar.
 
-def prepend(instruction: InstructionEmbeddings, embeddings: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Put instructions before inputs, without gaps.
-
-    Unused positions of an instruction would stand between it and the input, where relative positions count them. So
-    what is used moves to the front, in order: the model sees what it would see of the same text in one piece.
-
-    Args:
-        instruction: Embeddings and mask ``(batch, instruction_length, ...)``.
-        embeddings: Embedded inputs ``(batch, source_length, dim)``.
-        attention_mask: Mask of the inputs ``(batch, source_length)``.
-
-    Returns:
-        Embeddings ``(batch, length, dim)`` and attention mask ``(batch, length)``, padded at the end to the longest.
-    """
-    joined = torch.cat([instruction.embeddings.to(embeddings.dtype), embeddings], dim=1)
-    mask = torch.cat([instruction.mask.to(attention_mask.dtype), attention_mask], dim=1)
-    longest = int(mask.sum(dim=1).max())
-    order = mask.argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return joined.gather(1, order.unsqueeze(-1).expand(-1, -1, joined.shape[-1])), mask.gather(1, order)
+        Where the instruction has several alternatives for an instance, its loss is their weighted mean. Where it weighs
+        instances, their losses are multiplied; the mean is still that over all target tokens.
+        """
+        num_targets = (batch.labels != IGNORED_LABEL).sum()
+        if instruction is None:
+            return self.target_losses(batch, None).sum() / num_targets
+        alternatives, weight = instruction.alternatives, instruction.weight
+        if alternatives is not None:
+            batch = Batch(*(column[alternatives.instance] for column in batch))
+        losses = self.target_losses(batch, instruction)
+        if weight is not None:
+            losses = (weight if alternatives is None else weight[alternatives.instance]) * losses
+        return (losses if alternatives is None else alternatives.weight * losses).sum() / num_targets

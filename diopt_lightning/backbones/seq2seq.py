@@ -1,53 +1,60 @@
-"""Encoder-decoder models of transformers."""
+"""Encoder-decoder models of transformers: T5, UMT5, BART."""
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.base import Backbone, prepend, token_losses
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.backbones.inner_parameters import InnerParameters
+from diopt_lightning.backbones.models import check_config, pretrained_model, random_model
+from diopt_lightning.backbones.rows import compact, insert, token_losses
+from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import InstructionEmbeddings
 
+FAMILY = "an encoder-decoder model"
 
-class Seq2Seq(Backbone):
-    """A pretrained ``AutoModelForSeq2SeqLM``: instructions are prepended to the encoder's input embeddings.
 
-    The model keeps its fast attention kernel. Where an exact hypergradient needs one that is twice differentiable, the
-    engine switches it for that step alone.
+class Seq2Seq(TransformersBackbone):
+    """A pretrained ``AutoModelForSeq2SeqLM``: instructions are put before the encoder's input embeddings.
+
+    The encoder reads ``[instruction ; input]`` (behind the token that begins a sequence, if the tokenizer has one), and
+    the decoder's targets are the labels. The model keeps its fast attention kernel; where an exact hypergradient needs
+    one that is twice differentiable, the engine switches it for that step alone.
 
     Args:
         pretrained: Name on the hub, or folder, of a pretrained model, e.g. ``google/t5-base-lm-adapt``.
+        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again, in
+            first and in second derivatives: much less memory for a longer step.
+        compile: Compile the model by ``torch.compile``, for inner steps and everything else that takes first
+            derivatives. Exact second derivatives run it uncompiled.
 
     Example:
         >>> backbone = Seq2Seq("google/t5-base-lm-adapt")  # loaded when training starts
     """
 
-    model: PreTrainedModel
+    def __init__(
+        self,
+        pretrained: str,
+        inner_parameters: InnerParameters | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(pretrained, inner_parameters, activation_checkpointing, compile)
 
-    def __init__(self, pretrained: str) -> None:
-        super().__init__()
-        self.name = pretrained
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Load the model; see :class:`TransformersBackbone`."""
+        # In float32 whatever the file holds: Lightning's precision decides what is computed in.
+        return pretrained_model(AutoModelForSeq2SeqLM, self.name, dtype or torch.float32, FAMILY)
 
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The encoder's input embedding."""
-        return cast(nn.Embedding, self.model.get_input_embeddings())
-
-    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make the model and check that it fits the tokenizer; see :class:`Backbone`."""
-        if hasattr(self, "model"):
-            return
-        model = self.make(tokenizer)
-        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-        if len(tokenizer) > embeddings:
-            raise ConfigurationError(
-                f"The tokenizer has {len(tokenizer)} tokens, and the model ({self.name}) {embeddings} embeddings: "
-                "`data.tokenizer` must be the one of the model, or `vocab_size` of its configuration at least as large."
-            )
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check the vocabulary, and the tokens that the model itself pads and ends with."""
+        super().check(model, tokenizer)
         for role in ("pad", "eos"):
             ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(model.config, f"{role}_token_id")
             if ours != theirs:
@@ -55,50 +62,48 @@ class Seq2Seq(Backbone):
                     f"The {role} token is {ours} in the tokenizer and {theirs} in the model ({self.name}): "
                     "`data.tokenizer` must be the one of the model."
                 )
-        # `from_pretrained` returns a model in evaluation mode, in which dropout would stay off while training.
-        self.model = model.train()
 
-    def make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Load the model.
+    def text_format(self, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """Source and target are sequences of their own; see :class:`Backbone`."""
+        return encoder_decoder_format(tokenizer)
 
-        Raises:
-            ConfigurationError: If it cannot be loaded.
-        """
-        try:
-            # In float32 whatever the file holds: Lightning's precision decides what is computed in.
-            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(self.name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"Cannot load `{self.name}` as an encoder-decoder model: it is neither a folder with one nor a name on "
-                f"the hub that can be reached ({str(error).strip().splitlines()[0]})."
-            ) from error
-        return model
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the model; see :class:`Backbone`."""
+        super().build(tokenizer)
+        self._before = len(self.text_format(tokenizer).before)
 
-    def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Mean token-level cross-entropy of ``batch.labels``, a scalar; see :class:`Backbone`."""
-        num_targets = (batch.labels != IGNORED_LABEL).sum()
-        alternatives = instruction.alternatives if instruction is not None else None
-        if alternatives is not None:
-            batch = Batch(*(column[alternatives.instance] for column in batch))
-        embeddings, mask = self.embedding(batch.input_ids), batch.attention_mask
-        if instruction is not None:
-            embeddings, mask = prepend(instruction, embeddings, mask)
-        logits = self.model(inputs_embeds=embeddings, attention_mask=mask, labels=batch.labels).logits
-        losses = token_losses(logits, batch.labels)
-        weight = instruction.weight if instruction is not None else None
-        if weight is not None:
-            losses = (weight if alternatives is None else weight[alternatives.instance]) * losses
-        return (losses if alternatives is None else alternatives.weight * losses).sum() / num_targets
+    def check_lengths(self, source: int, target: int) -> None:
+        """Check encoder and decoder; see :class:`Backbone`."""
+        # T5's positions are relative, and its configuration names none.
+        self._check_positions(max(source, target), "A source or a target")
+
+    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+        """Losses ``(batch,)``; see :class:`Backbone`."""
+        embeddings, mask = self._source(batch, instruction)
+        decoder_input_ids = cast(Any, self.model).prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        output = self.model(
+            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=decoder_input_ids, use_cache=False
+        )
+        return token_losses(output.logits, batch.labels)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Greedy outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
-        generate = cast(Callable[..., Tensor], self.model.generate)
+        generate = cast(Callable[..., Tensor], cast(Any, self.model).generate)
         source: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if instruction is not None:
-            embeddings, mask = prepend(instruction, self.embedding(batch.input_ids), batch.attention_mask)
+            embeddings, mask = self._source(batch, instruction)
             source = {"inputs_embeds": embeddings, "attention_mask": mask}
         return generate(**source, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+
+    def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
+        """What the encoder reads, ``(batch, length, dim)``, and its mask, padded at the end."""
+        embeddings = self.embedding(batch.input_ids)
+        if instruction is None:
+            return embeddings, batch.attention_mask
+        embeddings, mask = insert(instruction, embeddings, batch.attention_mask, self._before)
+        mask, embeddings = compact(mask, embeddings)
+        return embeddings, mask
 
 
 class RandomSeq2Seq(Seq2Seq):
@@ -107,6 +112,9 @@ class RandomSeq2Seq(Seq2Seq):
     Args:
         config: ``model_type`` and its options, e.g. ``{"model_type": "t5", "d_model": 64}``; others are the defaults of
             that type. The vocabulary's size and the special tokens are the tokenizer's unless given.
+        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
+        compile: Compile the model by ``torch.compile`` for everything that takes first derivatives.
 
     Raises:
         ConfigurationError: If there is no ``model_type``.
@@ -115,29 +123,25 @@ class RandomSeq2Seq(Seq2Seq):
         >>> backbone = RandomSeq2Seq({"model_type": "t5", "d_model": 64, "num_layers": 2})
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        if "model_type" not in config:
-            raise ConfigurationError(f"`config` of a random model needs a `model_type` such as `t5`, got {config!r}.")
-        super().__init__(f"random {config['model_type']}")
-        self.config = config
+    def __init__(
+        self,
+        config: dict[str, Any],
+        inner_parameters: InnerParameters | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        check_config(config)
+        super().__init__(f"random {config['model_type']}", inner_parameters, activation_checkpointing, compile)
+        self.options = config
 
-    def make(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Make the model from the configuration.
-
-        Raises:
-            ConfigurationError: If the configuration makes no encoder-decoder model.
-        """
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Make the model from the configuration; see :class:`TransformersBackbone`."""
         options = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             # The decoder begins with the pad token, as in T5.
             "decoder_start_token_id": tokenizer.pad_token_id,
-            **self.config,
+            **self.options,
         }
-        try:
-            config = AutoConfig.for_model(**options)
-            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"`config` {self.config!r} makes no encoder-decoder model: {error}") from error
-        return model
+        return random_model(AutoModelForSeq2SeqLM, options, dtype, "encoder-decoder model")

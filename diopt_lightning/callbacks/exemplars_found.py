@@ -42,7 +42,7 @@ class ExemplarsFound(pl.Callback):
             found = exemplars_found(extractor)
         else:
             assert isinstance(extractor, ExtractorIC)
-            found = exemplars_found_for(extractor, batch["inner"], pl_module.backbone.embedding)
+            found = exemplars_found_for(extractor, batch["inner"], pl_module.backbone.embed)
         pl_module.log("exemplars_found", found, prog_bar=True)
 
 

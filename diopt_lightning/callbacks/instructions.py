@@ -132,11 +132,11 @@ class LearnedInstructions(pl.Callback):
     def _vectors(self, module: InstructionEvaluation) -> tuple[Tensor, Tensor] | None:
         """A vector of each task's learned instruction and of its definition, or ``None`` where there is none."""
         assert module.instruction is not None
-        embedding = module.backbone.embedding
-        learned = module.instruction.representatives(embedding)
+        backbone = module.backbone
+        learned = module.instruction.representatives(backbone.embed)
         if learned is None or not any(len(rows) for rows in learned):
             return None
-        human = [embedding(ids.to(embedding.weight.device)) for ids in self._definitions]
+        human = [backbone.embed(ids.to(backbone.embedding.weight.device)) for ids in self._definitions]
         return task_vectors(learned), task_vectors(human)
 
     def state_dict(self) -> dict[str, Any]:

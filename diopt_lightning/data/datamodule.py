@@ -14,6 +14,7 @@ from diopt_lightning.data.prompts import PromptFormat
 from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler
 from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks, read_split_lists
 from diopt_lightning.data.tasks import Task, read_tasks
+from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, tokenize
 from diopt_lightning.errors import ConfigurationError
 
@@ -211,10 +212,18 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def _tokenize(self, split: str) -> "Dataset":
         tasks = self.tasks
         reserved = self._reserved_length() if self._instructed(split) else 0
-        options = SourceTarget(self.prompts[split], self.max_source_length - reserved, self.max_target_length)
+        options = SourceTarget(
+            self.prompts[split], self._text_format(), self.max_source_length - reserved, self.max_target_length
+        )
         names = set(getattr(self.splits, split))
         chosen = [(i, task, self._instances(split, task)) for i, task in enumerate(tasks) if task.name in names]
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
+
+    def _text_format(self) -> TextFormat:
+        """What the attached module's model has around texts; that of an encoder-decoder model if there is none."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        found: TextFormat | None = getattr(module, "text_format", None)
+        return found if found is not None else encoder_decoder_format(self.tokenizer)
 
     def _instructed(self, split: str) -> bool:
         """Whether the attached module puts a learned instruction before the sources of a set."""

@@ -11,13 +11,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.tasks import Task
+from diopt_lightning.data.text_format import TextFormat
 from diopt_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of every fingerprint: a change in how rows are made must not meet an old cache.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class SourceTarget:
 
     Args:
         prompt: The human-written parts of the source.
+        text_format: What stands around both.
         max_source_length: Tokens of a source, end token included. Longer ones are cut at the end.
         max_target_length: Tokens of a target, end token included.
     """
 
     prompt: PromptFormat
+    text_format: TextFormat
     max_source_length: int
     max_target_length: int
 
@@ -38,8 +41,10 @@ class SourceTarget:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer by hub name or folder, and check that it has what padding and stopping need.
 
+    One without a pad token, as GPT-2's, pads with its end token: what is padding is told by masks alone.
+
     Raises:
-        ConfigurationError: If it cannot be loaded, or has no pad or end token.
+        ConfigurationError: If it cannot be loaded, or has no end token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -48,12 +53,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"Cannot load the tokenizer `{name}`: it is neither a folder with a tokenizer nor a name on the hub that "
             f"can be reached ({str(error).strip().splitlines()[0]})."
         ) from error
-    for role in ("pad", "eos"):
-        if getattr(tokenizer, f"{role}_token_id") is None:
-            raise ConfigurationError(
-                f"The tokenizer `{name}` has no {role} token: set one and save it again, e.g. "
-                f"`tokenizer.{role}_token = ...; tokenizer.save_pretrained(folder)`."
-            )
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"The tokenizer `{name}` has no eos token: set one and save it again, e.g. "
+            "`tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)`."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -136,17 +142,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _rows(
     tasks: Sequence[tuple[int, Task, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, options: SourceTarget
 ) -> Iterator[dict[str, Any]]:
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+    text_format = options.text_format
+
+    def fits(text: str) -> bool:
+        return not text_format.source(tokenizer, text, options.max_source_length)[1]
 
     for index, task, instances in tasks:
         for position in instances:
             instance = task.instances[position]
-            prompt = render(
-                task, instance.input, options.prompt, fits=lambda text: len(encode(text)) <= options.max_source_length
-            )
-            source, cut_source = cut(encode(prompt.text), options.max_source_length, tokenizer.eos_token_id)
-            targets = [cut(encode(o), options.max_target_length, tokenizer.eos_token_id) for o in instance.outputs]
+            prompt = render(task, instance.input, options.prompt, fits)
+            source, cut_source = text_format.source(tokenizer, prompt.text, options.max_source_length)
+            targets = [text_format.target(tokenizer, o, options.max_target_length) for o in instance.outputs]
             yield {
                 "input_ids": source,
                 "targets": [target for target, _ in targets],
@@ -157,15 +163,3 @@ def _rows(
                 "cut_targets": sum(was_cut for _, was_cut in targets),
                 "dropped_examples": prompt.dropped_examples,
             }
-
-
-def cut(ids: list[int], limit: int, end: int) -> tuple[list[int], bool]:
-    """Cut ids at the end to ``limit``, keeping an end token; the second value says whether anything was cut.
-
-    Example:
-        >>> cut([5, 6, 7, 1], 3, end=1)
-        ([5, 6, 1], True)
-    """
-    if len(ids) <= limit:
-        return ids, False
-    return ([*ids[: limit - 1], end] if ids[-1] == end else ids[:limit]), True

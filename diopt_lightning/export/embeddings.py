@@ -24,7 +24,7 @@ def instruction_embeddings(module: InstructionEvaluation) -> dict[str, Tensor]:
         raise ConfigurationError(
             f"This {type(module).__name__} has no `instruction`: export the model instead (`format: model`)."
         )
-    embeddings = module.instruction.task_embeddings(module.backbone.embedding)
+    embeddings = module.instruction.task_embeddings(module.backbone.embed)
     if embeddings is None:
         raise ConfigurationError(
             f"{type(module.instruction).__name__} makes an instruction for each instance, so there are no embeddings "

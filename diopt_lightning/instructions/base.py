@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +47,9 @@ class InstructionEmbeddings(NamedTuple):
 class Instruction(nn.Module, ABC):
     """A learnable instruction: its parameters are the outer parameters phi.
 
+    They stay in float32 (or float64) whatever the precision of the model is: a learning rate of 1e-2 moves them by less
+    than half precision can hold.
+
     It is made in two steps. The constructor takes the options; :meth:`build` makes the parameters once the train tasks,
     the tokenizer and the backbone's embedding are known.
     """
@@ -84,6 +88,16 @@ class Instruction(nn.Module, ABC):
         Raises:
             ConfigurationError: If an option does not fit the tasks.
         """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply what moves or converts parameters, but never round them to half precision."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            halved = converted.is_floating_point() and torch.finfo(converted.dtype).bits < 32
+            return tensor.to(converted.device) if halved else converted
+
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def advance(self) -> None:
         """Count a step of the optimizer of phi, which schedules follow."""
@@ -124,3 +138,17 @@ class Instruction(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance of the batch."""
+
+
+def outer_dtype(embedding: nn.Embedding) -> torch.dtype:
+    """Precision of an instruction beside a model with this embedding: float32 at least."""
+    return torch.promote_types(embedding.weight.dtype, torch.float32)
+
+
+def embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Vectors ``(..., dim)`` of ids ``(...)`` as the model sees them, in float32 at least.
+
+    Not rows of the weight, which some models scale.
+    """
+    vectors: Tensor = embedding(ids)
+    return vectors.to(outer_dtype(embedding))

@@ -12,7 +12,8 @@ from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions.base import Embed
+from diopt_lightning.instructions.base import Embed, outer_dtype
+from diopt_lightning.instructions.initialization import embedding_scale
 
 # Instances of a task that its description looks at.
 DESCRIBED_INSTANCES = 4
@@ -109,7 +110,7 @@ class Pooled(Encoding):
         self.width = embedding.embedding_dim
         if self.hidden is not None:
             layers = nn.Sequential(nn.Linear(self.width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.width))
-            self.layers = layers.to(embedding.weight)
+            self.layers = layers.to(embedding.weight.device, outer_dtype(embedding))
 
     def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
         """Encode texts; see :class:`Encoding`."""
@@ -152,7 +153,7 @@ class Transformer(Encoding):
             self.width, self.heads, 4 * self.width, dropout=0.0, batch_first=True, norm_first=True
         )
         encoder = nn.TransformerEncoder(layer, self.num_layers, enable_nested_tensor=False)
-        self.encoder = encoder.to(embedding.weight)
+        self.encoder = encoder.to(embedding.weight.device, outer_dtype(embedding))
 
     def _load(self, name: str, embedding: nn.Embedding) -> nn.Module:
         try:
@@ -171,7 +172,7 @@ class Transformer(Encoding):
                 f"{embedding.num_embeddings}: they must share a tokenizer."
             )
         self.width = model.config.hidden_size
-        return cast(nn.Module, encoder).to(embedding.weight)
+        return cast(nn.Module, encoder).to(embedding.weight.device, outer_dtype(embedding))
 
     def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
         """Encode texts; see :class:`Encoding`."""
@@ -280,8 +281,8 @@ def unit_scale(vectors: Tensor) -> Tensor:
 
 def scaled_linear(inputs: int, outputs: int, embedding: nn.Embedding) -> nn.Linear:
     """A linear layer whose outputs are about as long as the backbone's token embeddings at the start."""
-    layer = nn.Linear(inputs, outputs).to(embedding.weight)
-    scale = embedding.weight.detach().float().std().item()
+    layer = nn.Linear(inputs, outputs).to(embedding.weight.device, outer_dtype(embedding))
+    scale = embedding_scale(embedding)
     with torch.no_grad():
         layer.weight.normal_(std=scale / inputs**0.5)
         layer.bias.zero_()

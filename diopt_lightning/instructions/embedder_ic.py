@@ -1,6 +1,7 @@
 """The instruction embedder by instance conversion."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
 from diopt_lightning.instructions.conversion import Conversion, Linear, example_batch, instance_tokens
 from diopt_lightning.instructions.embedder import nearest_tokens
 
@@ -69,7 +70,7 @@ class EmbedderIC(Instruction):
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return for each task the tokens nearest to its first instance's instruction, and the cosines."""
-        read = nearest_tokens(self.representatives(embedding), tokenizer, embedding)
+        read = nearest_tokens(self.representatives(partial(embedded, embedding)), tokenizer, embedding)
         return [{"task": name, **tokens} for name, tokens in zip(self.task_names, read, strict=True)]
 
     @torch.no_grad()

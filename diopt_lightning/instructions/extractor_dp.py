@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, outer_dtype
 from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.extractor import Extractor, without_repetition
 from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
@@ -68,7 +68,8 @@ class ExtractorDP(Extractor):
     ) -> None:
         """Tokenize the candidates and make ``logits``, of shape ``(tasks, slots, candidates)``."""
         super().build(tasks, tokenizer, embedding)
-        self.logits = nn.Parameter(torch.zeros(len(tasks), self.slots, self.candidates, device=embedding.weight.device))
+        shape = (len(tasks), self.slots, self.candidates)
+        self.logits = nn.Parameter(torch.zeros(shape, dtype=outer_dtype(embedding), device=embedding.weight.device))
 
     def advance(self) -> None:
         """Let the temperature follow its schedule; see :class:`Instruction`."""

@@ -1,6 +1,7 @@
 """The instruction extractor by instance conversion."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, embedded, outer_dtype
 from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.conversion import Encoding, Pooled, example_batch, instance_tokens, unit_scale
 from diopt_lightning.instructions.extractor import Extractor, without_repetition
@@ -91,7 +92,9 @@ class ExtractorIC(Extractor):
         super().build(tasks, tokenizer, embedding, unseen)
         self.encoding.build(embedding)
         width = self.encoding.width
-        self.bilinear = nn.Parameter(torch.zeros(self.slots, width, width, device=embedding.weight.device))
+        self.bilinear = nn.Parameter(
+            torch.zeros(self.slots, width, width, dtype=outer_dtype(embedding), device=embedding.weight.device)
+        )
         self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
 
     def advance(self) -> None:
@@ -140,7 +143,7 @@ class ExtractorIC(Extractor):
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
         """Return for each task the exemplars that are likeliest on average over its first instances."""
-        return self.described(self.mean_probabilities(embedding))
+        return self.described(self.mean_probabilities(partial(embedded, embedding)))
 
     @torch.no_grad()
     def representatives(self, embed: Embed) -> list[Tensor]:

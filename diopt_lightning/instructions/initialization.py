@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.base import embedded, outer_dtype
 
 
 class Initialization(ABC):
@@ -43,9 +44,9 @@ class Normal(Initialization):
         self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
     ) -> Tensor:
         """Draw from the normal distribution."""
-        weight = embedding.weight.detach()
-        std = self.std if self.std is not None else weight.float().std().item()
-        return torch.randn(len(tasks), length, weight.shape[1]).to(weight) * std
+        std = self.std if self.std is not None else embedding_scale(embedding)
+        drawn = torch.randn(len(tasks), length, embedding.embedding_dim, dtype=outer_dtype(embedding), device="cpu")
+        return drawn.to(embedding.weight.device) * std
 
 
 class Vocabulary(Initialization):
@@ -58,7 +59,7 @@ class Vocabulary(Initialization):
         special = set(tokenizer.all_special_ids)
         words = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
         drawn = words[torch.randint(len(words), (len(tasks), length))]
-        return embedding.weight.detach()[drawn.to(embedding.weight.device)].clone()
+        return embedded(embedding, drawn.to(embedding.weight.device)).detach()
 
 
 class Definition(Initialization):
@@ -129,4 +130,11 @@ def embedded_texts(
         if not ids:
             raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
         rows.append((ids * -(-length // len(ids)))[:length])
-    return embedding.weight.detach()[torch.tensor(rows, device=embedding.weight.device)].clone()
+    return embedded(embedding, torch.tensor(rows, device=embedding.weight.device)).detach()
+
+
+@torch.no_grad()
+def embedding_scale(embedding: nn.Embedding) -> float:
+    """Standard deviation of the entries of all token embeddings."""
+    vocabulary = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    return embedded(embedding, vocabulary).std().item()

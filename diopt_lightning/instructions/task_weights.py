@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, outer_dtype
 
 
 class TaskWeights(Instruction):
@@ -40,7 +40,9 @@ class TaskWeights(Instruction):
     ) -> None:
         """Make ``logits``, of shape ``(tasks,)``; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
-        self.logits = nn.Parameter(torch.zeros(len(tasks), device=embedding.weight.device))
+        self.logits = nn.Parameter(
+            torch.zeros(len(tasks), dtype=outer_dtype(embedding), device=embedding.weight.device)
+        )
         self._width = embedding.embedding_dim
 
     def weights(self) -> Tensor:

@@ -11,6 +11,7 @@ from diopt_lightning.backbones import Backbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import Task
+from diopt_lightning.data.text_format import TextFormat
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import ExactMatch, RougeL
@@ -54,6 +55,11 @@ class InstructionEvaluation(pl.LightningModule):
         return self.instruction.length if self.instruction is not None else 0
 
     @property
+    def text_format(self) -> TextFormat:
+        """What stands around sources and targets; the data module asks for it."""
+        return self.backbone.text_format(self.data.tokenizer)
+
+    @property
     def data(self) -> NaturalInstructionsDataModule:
         """The data module of the run.
 
@@ -73,6 +79,7 @@ class InstructionEvaluation(pl.LightningModule):
         if hasattr(self, "scores"):
             return
         self.backbone.build(self.data.tokenizer)
+        self.backbone.check_lengths(self.data.max_source_length, self.data.max_target_length)
         if self.instruction is not None:
             train = self.data.split_tasks("train")
             unseen = self.data.tasks[len(train) :] if self.instructed_evaluation else []
@@ -97,7 +104,7 @@ class InstructionEvaluation(pl.LightningModule):
         """Return the learned instruction of each instance of a dev or test batch, where they are given one."""
         if self.instruction is None or not self.instructed_evaluation:
             return None
-        instruction: InstructionEmbeddings = self.instruction(batch, self.backbone.embedding)
+        instruction: InstructionEmbeddings = self.instruction(batch, self.backbone.embed)
         return instruction._replace(weight=None)  # what an instance counts in training is no matter here
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

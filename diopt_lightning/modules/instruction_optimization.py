@@ -123,7 +123,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         """Loss of train tasks with learnable instructions."""
-        return self.backbone.loss(batch, self.instruction(batch, self.backbone.embedding))
+        return self.backbone.loss(batch, self.instruction(batch, self.backbone.embed))
 
     def outer_loss(self, batch: Batch) -> Tensor:
         """Loss of validation tasks with human-written instructions."""

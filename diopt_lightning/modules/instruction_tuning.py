@@ -72,7 +72,7 @@ class InstructionTuning(InstructionEvaluation):
         """Return the loss of a batch of train tasks; an outer batch is left unused."""
         instruction = None
         if self.instruction is not None:
-            instruction = self.instruction(batch["inner"], self.backbone.embedding)
+            instruction = self.instruction(batch["inner"], self.backbone.embed)
         loss = self.backbone.loss(batch["inner"], instruction)
         self.log("inner_loss", loss.detach(), prog_bar=True)
         return {"loss": loss, "inner_loss": loss.detach()}
@@ -85,7 +85,8 @@ class InstructionTuning(InstructionEvaluation):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer with a group of parameters for the model and one for the instruction."""
-        groups: list[dict[str, Any]] = [{"params": list(self.backbone.parameters())}]
+        theta = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": theta}]
         if self.instruction is not None and list(self.instruction.parameters()):
             groups.append({"params": list(self.instruction.parameters()), "lr": self.instruction_lr})
         optimizer = self.optimizer(groups)

@@ -247,14 +247,22 @@ def test_bad_options_are_named(layout, options, message):
         module(root, **options).prepare_data()
 
 
-@pytest.mark.parametrize("role", ["pad", "eos"])
-def test_a_tokenizer_without_pad_or_end_token_is_an_error(layout, role):
+def test_a_tokenizer_without_an_end_token_is_an_error(layout):
     root = layout()
     data = module(root)
-    setattr(data.tokenizer, f"{role}_token", None)
+    data.tokenizer.eos_token = None
     data.tokenizer.save_pretrained(root / "tokenizer")
-    with pytest.raises(ConfigurationError, match=f"has no {role} token"):
+    with pytest.raises(ConfigurationError, match="has no eos token"):
         module(root).prepare_data()
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(layout):
+    root = layout()
+    data = module(root)
+    end = data.tokenizer.eos_token_id
+    data.tokenizer.pad_token = None
+    data.tokenizer.save_pretrained(root / "tokenizer")
+    assert module(root).tokenizer.pad_token_id == end
 
 
 def test_an_unknown_tokenizer_is_named(layout):

@@ -1,0 +1,157 @@
+"""Causal models of transformers: GPT-2, Llama, Qwen, Gemma."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from diopt_lightning.backbones.inner_parameters import InnerParameters
+from diopt_lightning.backbones.models import check_config, pretrained_model, random_model
+from diopt_lightning.backbones.rows import compact, insert, token_losses
+from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.data.text_format import TextFormat, causal_format, chat_format
+from diopt_lightning.instructions.base import InstructionEmbeddings
+
+FAMILY = "a causal model"
+
+
+class Causal(TransformersBackbone):
+    """A pretrained ``AutoModelForCausalLM``, which reads ``[instruction ; input ; target]`` in one piece.
+
+    The instruction enters behind what opens the prompt: the token that begins a sequence, if the tokenizer has one, or
+    the opening of the user's turn. The loss is that of the target's tokens alone, and of the token that ends it. The
+    model keeps its fast attention kernel; where an exact hypergradient needs one that is twice differentiable, the
+    engine switches it for that step alone.
+
+    Args:
+        pretrained: Name on the hub, or folder, of a pretrained model, e.g. ``HuggingFaceTB/SmolLM2-135M``.
+        chat_template: Close prompts by the tokenizer's chat template, the source as the user's turn and the target as
+            the assistant's; for models that were tuned to chat. Default: no, the target goes on behind ``Output:``.
+        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again, in
+            first and in second derivatives: much less memory for a longer step.
+        compile: Compile the model by ``torch.compile``, for inner steps and everything else that takes first
+            derivatives. Exact second derivatives run it uncompiled.
+
+    Example:
+        >>> backbone = Causal("HuggingFaceTB/SmolLM2-135M-Instruct", chat_template=True)  # loaded when training starts
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        chat_template: bool = False,
+        inner_parameters: InnerParameters | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(pretrained, inner_parameters, activation_checkpointing, compile)
+        self.chat_template = chat_template
+
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Load the model; see :class:`TransformersBackbone`."""
+        # In float32 whatever the file holds: Lightning's precision decides what is computed in.
+        return pretrained_model(AutoModelForCausalLM, self.name, dtype or torch.float32, FAMILY)
+
+    def text_format(self, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """The target goes on from the source, or answers it; see :class:`Backbone`."""
+        return chat_format(tokenizer) if self.chat_template else causal_format(tokenizer)
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the model; see :class:`Backbone`."""
+        super().build(tokenizer)
+        text_format = self.text_format(tokenizer)
+        self._before = len(text_format.before)
+        # The configurations of models name other tokens, or none: the end is what targets end with.
+        self._ends = sorted({text_format.target_after[0], cast(int, tokenizer.eos_token_id)})
+        self._pad = cast(int, tokenizer.pad_token_id)
+
+    def check_lengths(self, source: int, target: int) -> None:
+        """Check both in one piece; see :class:`Backbone`."""
+        self._check_positions(source + target, "A source and its target")
+
+    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+        """Losses ``(batch,)``; see :class:`Backbone`."""
+        embeddings, mask = self._source(batch, instruction)
+        is_target = batch.labels != IGNORED_LABEL
+        targets = self.embedding(batch.labels.masked_fill(~is_target, self._pad))
+        labels = torch.cat([torch.full_like(mask, IGNORED_LABEL), batch.labels], dim=1)
+        mask, embeddings, labels = compact(
+            torch.cat([mask, is_target.to(mask.dtype)], dim=1), torch.cat([embeddings, targets], dim=1), labels
+        )
+        # The output before each token predicts it; none is computed before the first target of the batch.
+        first = int((labels != IGNORED_LABEL).int().argmax(dim=1).min())
+        predicting = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+        output = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, logits_to_keep=predicting)
+        return token_losses(output.logits, labels[:, first:])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
+        """Greedy outputs ``(batch, up to max_new_tokens)``; see :class:`Backbone`."""
+        embeddings, mask = self._source(batch, instruction)
+        # What is generated goes on from the last position, which must be that of a token: padding is at the beginning.
+        mask, embeddings = compact(mask, embeddings, left=True)
+        generate = cast(Callable[..., Tensor], cast(Any, self.model).generate)
+        # Of embeddings, what `generate` returns is the new tokens alone.
+        return generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self._ends,
+            pad_token_id=self._pad,
+        )
+
+    def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
+        """Instruction and input, ``(batch, length, dim)``, and their mask, with gaps."""
+        embeddings = self.embedding(batch.input_ids)
+        if instruction is None:
+            return embeddings, batch.attention_mask
+        return insert(instruction, embeddings, batch.attention_mask, self._before)
+
+
+class RandomCausal(Causal):
+    """An ``AutoModelForCausalLM`` with random weights, made from a configuration.
+
+    Args:
+        config: ``model_type`` and its options, e.g. ``{"model_type": "llama", "hidden_size": 64}``; others are the
+            defaults of that type. The vocabulary's size and the special tokens are the tokenizer's unless given.
+        chat_template: Close prompts by the tokenizer's chat template.
+        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
+        compile: Compile the model by ``torch.compile`` for everything that takes first derivatives.
+
+    Raises:
+        ConfigurationError: If there is no ``model_type``.
+
+    Example:
+        >>> backbone = RandomCausal({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2})
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        chat_template: bool = False,
+        inner_parameters: InnerParameters | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        check_config(config)
+        name = f"random {config['model_type']}"
+        super().__init__(name, chat_template, inner_parameters, activation_checkpointing, compile)
+        self.options = config
+
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Make the model from the configuration; see :class:`TransformersBackbone`."""
+        options = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            **self.options,
+        }
+        return random_model(AutoModelForCausalLM, options, dtype, "causal model")

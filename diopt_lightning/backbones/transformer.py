@@ -1,0 +1,98 @@
+"""What the families of transformers' models share: how a model is made."""
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diopt_lightning.backbones.base import Backbone
+from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
+from diopt_lightning.errors import ConfigurationError
+
+
+class TransformersBackbone(Backbone):
+    """A model of transformers.
+
+    It keeps its fast attention kernel. Where an exact hypergradient needs one that is twice differentiable, the engine
+    switches it for that step alone.
+
+    Args:
+        name: What the model is, for messages.
+        inner_parameters: Chooses theta among the model's parameters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
+        compile: Compile the model, for what takes first derivatives; exact second ones run it as it is.
+
+    Attributes:
+        model: The model, with adapters if there are any; there is none before :meth:`build`.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self, name: str, inner_parameters: InnerParameters | None, activation_checkpointing: bool, compile: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.inner_parameters = inner_parameters
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_model = compile
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding; an encoder-decoder model's encoder has it."""
+        return cast(nn.Embedding, cast(Any, self.model).get_input_embeddings())
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return cast(Any, self.model).config
+
+    @abstractmethod
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Load the model, or draw its weights, in this precision or that of the run.
+
+        Raises:
+            ConfigurationError: If that cannot be done.
+        """
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the model and check that it fits the tokenizer; see :class:`Backbone`."""
+        if hasattr(self, "model"):
+            return
+        choice = self.inner_parameters
+        model = self.make(tokenizer, choice.base_dtype if choice is not None else None)
+        self.check(model, tokenizer)
+        # `from_pretrained` returns a model in evaluation mode, in which dropout would stay off while training.
+        self.model = (choice.choose(model) if choice is not None else model).train()
+        if self.activation_checkpointing:
+            # Not transformers' own way, which keeps all activations in evaluation mode, where hypergradients compute.
+            from diopt_lightning.bilevel import checkpoint_activations
+
+            for layer in transformer_layers(self.model):
+                checkpoint_activations(layer)
+        if self.compile_model:
+            # Batches differ in length: one program for all lengths.
+            self.model.compile(dynamic=True)
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that a model fits the tokenizer.
+
+        Raises:
+            ConfigurationError: If it does not.
+        """
+        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ConfigurationError(
+                f"The tokenizer has {len(tokenizer)} tokens, and the model ({self.name}) {embeddings} embeddings: "
+                "`data.tokenizer` must be the one of the model, or `vocab_size` of its configuration at least as large."
+            )
+
+    def _check_positions(self, needed: int, what: str) -> None:
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and needed > positions:
+            raise ConfigurationError(
+                f"{what} may have {needed} tokens together, and the model ({self.name}) has {positions} positions: "
+                "lower `data.max_source_length` or `data.max_target_length`."
+            )
