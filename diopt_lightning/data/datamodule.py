@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.data.collate import Collator
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
 from diopt_lightning.data.prompts import PromptFormat
 from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler
 from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks, read_split_lists
@@ -191,6 +192,26 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test tasks."""
         return self._evaluation_loader("test")
+
+    def longest_batch(self, split: str, rows: int) -> Batch:
+        """A batch as large as batches of a set get, for what must know the worst case.
+
+        Its sources are the longest ones, each of another task where there are enough; its targets are filled up to the
+        longest of the whole set, because in a long run some batch has both.
+
+        Args:
+            split: The set; :meth:`setup` has read it.
+            rows: Rows of the batch, the longest first; they repeat where the set has fewer tasks.
+        """
+        data, tokenizer = self._rows[split], self.tokenizer
+        lengths, tasks = data["length"][:], data["task"][:]
+        longest = {tasks[index]: index for index in sorted(range(len(lengths)), key=lengths.__getitem__)}
+        order = sorted(longest.values(), key=lengths.__getitem__, reverse=True)
+        draws = [(order[row % len(order)], 0) for row in range(rows)]
+        batch = Collator(tokenizer.pad_token_id)(TokenRows(data)[draws])
+        missing = max(len(ids) for targets in data["targets"][:] for ids in targets) - batch.labels.shape[1]
+        labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORED_LABEL)
+        return batch._replace(labels=labels.where(labels != IGNORED_LABEL, tokenizer.eos_token_id))
 
     def _read(self) -> None:
         if not self.root.is_dir():
