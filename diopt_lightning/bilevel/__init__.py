@@ -1,6 +1,7 @@
 """Hypergradients of bilevel problems in plain PyTorch: no Lightning, no transformers, no text."""
 
 from diopt_lightning.bilevel.chebyshev import Chebyshev
+from diopt_lightning.bilevel.checkpointing import checkpoint_activations
 from diopt_lightning.bilevel.conjugate_gradient import ConjugateGradient
 from diopt_lightning.bilevel.distributed import average_over_processes
 from diopt_lightning.bilevel.double_backward import DoubleBackward
@@ -19,6 +20,7 @@ from diopt_lightning.bilevel.problem import BilevelProblem, MicroBatches
 from diopt_lightning.bilevel.products import Linearization, Product
 from diopt_lightning.bilevel.reverse_over_forward import ReverseOverForward
 from diopt_lightning.bilevel.sama import SAMA
+from diopt_lightning.bilevel.second_order import needs_second_derivatives
 from diopt_lightning.bilevel.spectrum import Spectrum
 from diopt_lightning.bilevel.unrolled import Unrolled
 from diopt_lightning.bilevel.warning import ConvergenceWarning
@@ -49,4 +51,6 @@ __all__ = [
     "Spectrum",
     "Unrolled",
     "average_over_processes",
+    "checkpoint_activations",
+    "needs_second_derivatives",
 ]

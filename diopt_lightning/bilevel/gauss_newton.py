@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from diopt_lightning.bilevel.double_backward import GradientGraph, check_reached
 from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products import Linearization, Product, zeros
+from diopt_lightning.bilevel.second_order import second_order
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector
 from diopt_lightning.errors import ConfigurationError
 
@@ -73,7 +73,7 @@ class _GaussNewton(Linearization):
         self._kept = self._build(0) if len(self.parts) == 1 else None
 
     def _build(self, index: int) -> "_Split":
-        with sdpa_kernel(SDPBackend.MATH):
+        with second_order():
             with OutputsOfTheNetwork() as network:
                 loss = self.evaluate(index)
             return _Split(loss, network, self.problem.inner_parameters)
@@ -82,7 +82,9 @@ class _GaussNewton(Linearization):
         total = zeros(self.problem.inner_parameters)
         for index, weight in enumerate(self.curvature_weights):
             split = self._kept if self._kept is not None else self._build(index)
-            total = add(total, split.product(v), weight)
+            # Checkpointed layers run their forward pass again in here.
+            with second_order():
+                total = add(total, split.product(v), weight)
         return self.problem.average(total)
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from diopt_lightning.bilevel.problem import BilevelProblem, differentiable, scalar
 from diopt_lightning.bilevel.products import ExactLinearization, Linearization, Product
+from diopt_lightning.bilevel.second_order import second_order
 from diopt_lightning.bilevel.vectors import Vector, as_vector
 
 
@@ -53,7 +53,7 @@ class _Forward(ExactLinearization):
             with Substitution(inner, duals):
                 return scalar(self.parts[index][0](), "inner_loss")
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with second_order():
             value, directional = torch.func.jvp(loss, inner, tangents)  # type: ignore[misc]
             self._values[index] = differentiable(value, "inner_loss").detach()
             if not directional.requires_grad:  # the loss is linear, or is not reached
