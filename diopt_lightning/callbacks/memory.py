@@ -84,7 +84,9 @@ class MemoryEstimate(pl.Callback):
             console.print("Memory: not even steps on two or three rows fit: use a smaller model, or shorter texts.")
             return
         step = max(self.estimate, key=lambda name: total(self.estimate[name]))
-        table = Table(title=f"Estimated peak memory: {readable(self.peak)}, in an {step}", title_justify="left")
+        # Not the table's title, which would be broken to its width.
+        console.print(f"Estimated peak memory: {readable(self.peak)}, in an {step}", highlight=False)
+        table = Table()
         table.add_column("part")
         for name in self.estimate:
             table.add_column(name, justify="right")
