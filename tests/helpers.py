@@ -3,7 +3,9 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from diopt_lightning.backbones.rows import compact, insert
 from diopt_lightning.instructions.base import InstructionEmbeddings
@@ -27,3 +29,17 @@ def prepend(instruction: InstructionEmbeddings, embeddings: Tensor, mask: Tensor
     embeddings, mask = insert(instruction, embeddings, mask)
     mask, embeddings = compact(mask, embeddings)
     return embeddings, mask
+
+
+class InDouble(TorchFunctionMode):
+    """Lets models that compute some layers in float32 compute them in float64, which a gradient check needs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``, with float64 wherever a float64 tensor would be converted to float32."""
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = [torch.float64 if x is torch.float32 else x for x in args]
+            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        return func(*args, **kwargs)

@@ -361,6 +361,16 @@ def test_micro_batches_equal_whole_batches():
     torch.testing.assert_close(several.outer_loss, one.outer_loss, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_in_micro_batches_is_training_on_whole_batches(accumulation):
+    options = {"inner_steps": 2, "inner_accumulation": accumulation}
+    whole, split = HyperCleaning(**options), HyperCleaning(**options, micro_batches=3)
+    for module in (whole, split):
+        quiet_trainer(max_steps=4).fit(module, loaders(batch_size=8))
+    assert split.inner_batches_seen == whole.inner_batches_seen == 4 * accumulation
+    torch.testing.assert_close(list(split.parameters()), list(whole.parameters()), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch", [("text",), (torch.ones(3), torch.ones(4)), (torch.tensor(1.0),)])
 def test_a_batch_that_cannot_be_split_is_named(batch):
     with pytest.raises(ConfigurationError, match="override `split_batch`, or set `micro_batches` to 1"):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diopt_lightning.backbones.base import Backbone
 from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
+from diopt_lightning.bilevel import checkpoint_activations
 from diopt_lightning.errors import ConfigurationError
 
 
@@ -68,7 +69,6 @@ class TransformersBackbone(Backbone):
         self.model = (choice.choose(model) if choice is not None else model).train()
         if self.activation_checkpointing:
             # Not transformers' own way, which keeps all activations in evaluation mode, where hypergradients compute.
-            from diopt_lightning.bilevel import checkpoint_activations
 
             for layer in transformer_layers(self.model):
                 checkpoint_activations(layer)

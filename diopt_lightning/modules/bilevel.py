@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -61,8 +63,8 @@ class BilevelModule(pl.LightningModule, ABC):
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step: the last ones of the
             round, so at most ``inner_steps * inner_accumulation``.
-        micro_batches: Parts in which the two batches of a hypergradient are computed, one at a time, to save memory;
-            the values are those of whole batches. See :meth:`split_batch` and :meth:`batch_weight`. Default: 1.
+        micro_batches: Parts in which every batch of either level is computed, one at a time, to save memory; the values
+            are those of whole batches. See :meth:`split_batch` and :meth:`batch_weight`. Default: 1.
 
     Attributes:
         inner_batches_seen: Training batches so far.
@@ -226,14 +228,12 @@ class BilevelModule(pl.LightningModule, ABC):
     def _inner_step(self, batch: Any, outer_batch: Any) -> tuple[Tensor, bool]:
         """Accumulate a gradient of the inner loss; return the loss and whether the optimizer took a step."""
         optimizer = self.optimizers()[0]  # type: ignore[index]
-        with constants(self.outer_parameters()):
-            loss = self.inner_loss(batch)
-            self.manual_backward(loss / self.inner_accumulation)
-        loss = loss.detach()
-        self.log("inner_loss", loss, prog_bar=True)
         self._inner_batches.append(batch)
         self.inner_batches_seen += 1
-        if self.inner_batches_seen % self.inner_accumulation != 0:
+        complete = self.inner_batches_seen % self.inner_accumulation == 0
+        loss = self._accumulate(batch, complete)
+        self.log("inner_loss", loss, prog_bar=True)
+        if not complete:
             return loss, False
         self.hypergradient.observe(self.problem(list(self._inner_batches), outer_batch))
         norm = clip(self.inner_parameters(), self.inner_gradient_clip)
@@ -243,6 +243,22 @@ class BilevelModule(pl.LightningModule, ABC):
         self._advance_scheduler("inner")
         self.inner_steps_taken += 1
         return loss, True
+
+    def _accumulate(self, batch: Any, complete: bool) -> Tensor:
+        """Add the gradient of the inner loss, one micro-batch at a time, to that of the inner step; return the loss."""
+        parts = self._weighted_parts(batch)
+        total = torch.zeros((), device=self.device)
+        for number, (part, weight) in enumerate(parts, start=1):
+            # Processes exchange gradients once a step, with the last backward pass.
+            with constants(self.outer_parameters()), self._exchange(complete and number == len(parts)):
+                loss = weight * self.inner_loss(part)
+                self.manual_backward(loss / self.inner_accumulation)
+            total = total + loss.detach()
+        return total
+
+    def _exchange(self, now: bool) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not now else nullcontext()
 
     def _outer_step(self) -> Tensor:
         """Move the outer parameters along the hypergradient of the last pairs of batches; return the outer loss."""
@@ -301,11 +317,18 @@ class BilevelModule(pl.LightningModule, ABC):
         parts: list[Loss] = []
         weights: list[float] = []
         for batch in batches:
-            split = self.split_batch(batch, self.micro_batches) if self.micro_batches > 1 else [batch]
-            sizes = [self.batch_weight(part) for part in split]
-            parts += [partial(loss, part) for part in split]
-            weights += [size / sum(sizes) for size in sizes]
+            for part, weight in self._weighted_parts(batch):
+                parts.append(partial(loss, part))
+                weights.append(weight)
         return MicroBatches(parts, weights)
+
+    def _weighted_parts(self, batch: Any) -> list[tuple[Any, float]]:
+        """The micro-batches of a batch, and what share of its loss each is; the shares sum to one."""
+        if self.micro_batches == 1:
+            return [(batch, 1.0)]
+        parts = self.split_batch(batch, self.micro_batches)
+        sizes = [self.batch_weight(part) for part in parts]
+        return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
 
     def split_batch(self, batch: Any, parts: int) -> list[Any]:
         """Split a batch into at most so many parts, each a batch; override it for batches of another make.

@@ -40,7 +40,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step.
-        micro_batches: Parts in which the two batches of a hypergradient are computed, one at a time, to save memory.
+        micro_batches: Parts in which every batch of either level is computed, one at a time, to save memory.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
         instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.

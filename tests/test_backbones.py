@@ -1,0 +1,289 @@
+"""Every family of models: embeddings where tokens would be, losses of targets alone, generation, and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diopt_lightning import ConfigurationError
+from diopt_lightning.backbones import (
+    Adapter,
+    Backbone,
+    ByName,
+    Causal,
+    InnerParameters,
+    LastLayers,
+    LoRA,
+    RandomCausal,
+    RandomSeq2Seq,
+)
+from diopt_lightning.bilevel import BilevelProblem, Chebyshev, DoubleBackward, FiniteDifference, Neumann
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
+from diopt_lightning.data.synthetic import WORDS, word_tokenizer
+from diopt_lightning.data.text_format import causal_format, chat_format, encode, encoder_decoder_format
+from diopt_lightning.instructions.base import InstructionEmbeddings
+from tests.conftest import TINY_T5
+from tests.helpers import InDouble
+
+DECODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPED = DECODER | {"num_key_value_heads": 1, "head_dim": 8}
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+FAMILIES = {
+    "t5": TINY_T5,
+    "umt5": TINY_T5 | {"model_type": "umt5"},
+    "bart": BART | {"model_type": "bart", "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0},
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0}
+    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": GROUPED | {"model_type": "llama"},
+    "qwen2": DECODER | {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": GROUPED | {"model_type": "qwen3"},
+    "gemma": GROUPED | {"model_type": "gemma"},
+    "gemma2": GROUPED | {"model_type": "gemma2"},
+    "gemma3": GROUPED | {"model_type": "gemma3_text"},
+}
+CAUSAL = [name for name in FAMILIES if name not in ("t5", "umt5", "bart")]
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer([*WORDS, "user", "assistant", "name", "the"])
+
+
+def made(name: str, tokenizer: Any, inner_parameters: InnerParameters | None = None, **options: Any) -> Any:
+    family = RandomCausal if name in CAUSAL else RandomSeq2Seq
+    backbone = family(dict(FAMILIES[name]), inner_parameters=inner_parameters, **options)
+    backbone.build(tokenizer)
+    with torch.no_grad():  # as drawn, some models hardly look at their input
+        for parameter in backbone.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return backbone
+
+
+def rows(backbone: Backbone, tokenizer, texts: list[str], targets: list[str]) -> Batch:
+    text_format = backbone.text_format(tokenizer)
+    sources = [text_format.source(tokenizer, text, 64)[0] for text in texts]
+    labels = [text_format.target(tokenizer, text, 64)[0] for text in targets]
+    mask = pad([[1] * len(row) for row in sources], 0)
+    zeros = torch.zeros(len(texts), dtype=torch.long)
+    return Batch(pad(sources, tokenizer.pad_token_id), mask, pad(labels, IGNORED_LABEL), zeros, zeros)
+
+
+def written(texts: list[str], tokenizer, backbone: Backbone) -> InstructionEmbeddings:
+    """Texts as instructions, with gaps and padding where a learned one may have them."""
+    ids = [encode(tokenizer, text) for text in texts]
+    longest = max(map(len, ids)) + 2
+    embeddings, mask = torch.randn(len(ids), longest, 16), torch.zeros(len(ids), longest, dtype=torch.bool)
+    for row, tokens in enumerate(ids):
+        places = [0, *range(2, len(tokens) + 1)][: len(tokens)]
+        embeddings[row, places] = backbone.embed(torch.tensor(tokens)).detach()
+        mask[row, places] = True
+    return InstructionEmbeddings(embeddings, mask)
+
+
+INSTRUCTIONS = [" ".join(WORDS[:4]), WORDS[9], " ".join(WORDS[20:22])]
+TEXTS = [" ".join(WORDS[30:36]), WORDS[40], " ".join(WORDS[42:45])]
+TARGETS = [WORDS[3], " ".join(WORDS[5:8]), WORDS[11]]
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_instruction_embeddings_are_to_the_model_what_their_text_is(name, chat, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    if chat and name not in CAUSAL:
+        pytest.skip("an encoder-decoder model has no chat template")
+    backbone = made(name, tokenizer, **({"chat_template": True} if chat else {}))
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    joined = rows(backbone, tokenizer, [f"{i} {t}" for i, t in zip(INSTRUCTIONS, TEXTS, strict=True)], TARGETS)
+    instruction = written(INSTRUCTIONS, tokenizer, backbone)
+    with torch.no_grad():
+        assert torch.allclose(backbone.loss(batch, instruction), backbone.loss(joined), atol=1e-5)
+        backbone.eval()
+        outputs = backbone.generate(batch, 5, instruction), backbone.generate(joined, 5)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_that_of_the_targets_whatever_stands_beside_them(name, tokenizer):
+    """Against one row at a time, without padding, by the logits of the whole text."""
+    backbone = made(name, tokenizer)
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    total, count = 0.0, 0
+    for row in range(3):
+        source = batch.input_ids[row, batch.attention_mask[row].bool()]
+        target = batch.labels[row, batch.labels[row] != IGNORED_LABEL]
+        if name in CAUSAL:
+            logits = backbone.model(input_ids=torch.cat([source, target])[None]).logits[0]
+            predicted = logits[len(source) - 1 : -1]
+        else:
+            predicted = backbone.model(input_ids=source[None], labels=target[None]).logits[0]
+        total += nn.functional.cross_entropy(predicted, target, reduction="sum").item()
+        count += len(target)
+    assert backbone.loss(batch).item() == pytest.approx(total / count, rel=1e-5)
+    assert batch.labels[0, -1] == IGNORED_LABEL  # there is padding among the targets
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generation_continues_each_row_greedily_and_stops_at_the_end(name, tokenizer):
+    backbone = made(name, tokenizer).eval()
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    found = backbone.generate(batch, max_new_tokens=6)
+    for row in range(3):
+        ids = batch.input_ids[row, batch.attention_mask[row].bool()].tolist()
+        expected: list[int] = []
+        while len(expected) < 6 and tokenizer.eos_token_id not in expected:
+            with torch.no_grad():
+                expected.append(int(backbone.model(input_ids=torch.tensor([ids + expected])).logits[0, -1].argmax()))
+        kept = found[row].tolist()[: len(expected)]
+        assert kept == expected
+        assert set(found[row].tolist()[len(expected) :]) <= {tokenizer.pad_token_id}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_and_hypergradients_are_right_in_float64(name, tokenizer):
+    backbone = made(name, tokenizer).double()
+    batch = rows(backbone, tokenizer, TEXTS[:2], TARGETS[:2])
+    start = 0.3 * torch.randn(2, 2, 16, dtype=torch.float64)
+    phi = nn.Parameter(start)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+
+    def loss(phi: Tensor) -> Tensor:
+        return backbone.loss(batch, InstructionEmbeddings(phi, mask))
+
+    theta = [p for p in backbone.parameters() if p.numel() < 600]
+    with InDouble():
+        assert torch.autograd.gradcheck(loss, phi, fast_mode=True)
+        problem = BilevelProblem(lambda: loss(phi), lambda: backbone.loss(batch), theta, [phi])
+        exact = Neumann(terms=2, step_size=1e-3, product=DoubleBackward())(problem).gradient[0]
+        obvious = Neumann(terms=2, step_size=1e-3, product=FiniteDifference(scheme="central"))(problem).gradient[0]
+    assert exact.norm() > 0
+    assert torch.allclose(exact, obvious, atol=1e-5 * float(exact.norm()))
+
+
+class TestTextFormats:
+    """What stands around texts."""
+
+    def test_a_causal_target_goes_on_from_the_prompt(self, tokenizer):
+        text_format = causal_format(tokenizer)
+        source, _ = text_format.source(tokenizer, "Input: sun.\nOutput: ", 64)
+        target, _ = text_format.target(tokenizer, "wolf", 64)
+        assert source == encode(tokenizer, "Input: sun.\nOutput:")  # nothing ends it
+        assert target == [*encode(tokenizer, "wolf"), tokenizer.eos_token_id]
+
+    def test_what_asks_for_the_output_is_never_cut(self, tokenizer):
+        text_format = causal_format(tokenizer)
+        source, was_cut = text_format.source(tokenizer, f"Input: {'sun ' * 50}.\nOutput: ", 12)
+        assert was_cut
+        assert len(source) == 12
+        assert source[-2:] == encode(tokenizer, "Output:")
+        source, was_cut = encoder_decoder_format(tokenizer).source(tokenizer, "sun " * 50, 12)
+        assert was_cut
+        assert source == [*encode(tokenizer, "sun " * 11), tokenizer.eos_token_id]
+
+    def test_a_chat_opens_and_closes_the_turns(self, tokenizer):
+        tokenizer.chat_template = TEMPLATE
+        text_format = chat_format(tokenizer)
+        source, was_cut = text_format.source(tokenizer, "sun " * 50, 12)
+        assert was_cut
+        assert tokenizer.decode(source).split() == "user : sun sun sun sun sun sun sun </s> assistant :".split()
+        assert text_format.target(tokenizer, " wolf ", 8)[0] == [*encode(tokenizer, "wolf"), tokenizer.eos_token_id]
+
+    def test_a_limit_without_room_for_the_text_is_an_error(self, tokenizer):
+        tokenizer.chat_template = TEMPLATE
+        with pytest.raises(
+            ConfigurationError, match="may have 5 tokens besides the learned instruction, and 5 of them"
+        ):
+            chat_format(tokenizer).source(tokenizer, "sun", 5)
+
+    @pytest.mark.parametrize("template", [None, "{{ raise_exception('no users') }}", "nothing of it"])
+    def test_a_tokenizer_without_a_template_is_an_error(self, tokenizer, template):
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigurationError, match="`chat_template` is true, and the tokenizer has no template"):
+            Causal("some/model", chat_template=True).text_format(tokenizer)
+
+    def test_more_tokens_than_positions_are_refused(self, tokenizer):
+        backbone = RandomCausal(dict(FAMILIES["gpt2"]))
+        backbone.build(tokenizer)
+        backbone.check_lengths(1000, 24)
+        with pytest.raises(ConfigurationError, match=r"1025 tokens together, and the model \(random gpt2\) has 1024"):
+            backbone.check_lengths(1000, 25)
+        made("t5", tokenizer).check_lengths(5000, 5000)  # its positions are relative
+
+
+class TestInnerParameters:
+    """What theta is."""
+
+    def test_by_name(self, tokenizer):
+        backbone = made("llama", tokenizer, ByName(["*.layers.1.*", "*norm*"]))
+        learned = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
+        assert learned == {n for n, _ in backbone.model.named_parameters() if ".layers.1." in n or "norm" in n}
+        with pytest.raises(ConfigurationError, match=r"No parameter of LlamaForCausalLM matches `decoder\.\*`"):
+            made("llama", tokenizer, ByName(["decoder.*"]))
+
+    @pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer.h.1."), ("t5", "decoder.block.0.")])
+    def test_last_layers(self, name, prefix, tokenizer):
+        backbone = made(name, tokenizer, LastLayers(1))
+        learned = {n for n, p in backbone.model.named_parameters() if p.requires_grad}
+        assert learned == {n for n, _ in backbone.model.named_parameters() if n.startswith(prefix)}
+        with pytest.raises(ConfigurationError, match=r"`layers` of LastLayers is 9, and \w+ has 2"):
+            made(name, tokenizer, LastLayers(9))
+
+    @pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+    def test_lora_makes_theta_small_and_leaves_the_model_as_it_is(self, name, tokenizer):
+        backbone = made(name, tokenizer, LoRA(rank=2))
+        theta = [p for p in backbone.parameters() if p.requires_grad]
+        assert all("lora" in n for n, p in backbone.named_parameters() if p.requires_grad)
+        assert sum(p.numel() for p in theta) < 0.2 * sum(p.numel() for p in backbone.parameters())
+        frozen = {n: p.detach().clone() for n, p in backbone.named_parameters() if not p.requires_grad}
+        batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+        phi = nn.Parameter(torch.randn(3, 2, 16))
+        problem = BilevelProblem(
+            lambda: backbone.loss(batch, InstructionEmbeddings(phi, torch.ones(3, 2, dtype=torch.bool))),
+            lambda: backbone.loss(batch),
+            theta,
+            [phi],
+        )
+        assert Chebyshev(products=2)(problem).gradient[0].norm() > 0
+        optimizer = torch.optim.SGD(theta, lr=0.1)
+        before = backbone.loss(batch)
+        before.backward()
+        optimizer.step()
+        assert backbone.loss(batch) < before
+        assert all(torch.equal(p, frozen[n]) for n, p in backbone.named_parameters() if n in frozen)
+
+    def test_a_base_in_half_precision_beside_adapters_in_single(self, tokenizer):
+        backbone = made("llama", tokenizer, LoRA(rank=2, base_dtype="bfloat16"))
+        precisions = {p.requires_grad: p.dtype for p in backbone.parameters()}
+        assert precisions == {True: torch.float32, False: torch.bfloat16}
+        assert backbone.embed(torch.tensor([3])).dtype == torch.float32
+        assert backbone.loss(rows(backbone, tokenizer, TEXTS, TARGETS)).dtype == torch.float32
+
+    @pytest.mark.parametrize("method", [{"peft_type": "IA3"}, {"peft_type": "LOHA", "r": 2}, {"peft_type": "BITFIT"}])
+    def test_any_method_that_adapts_layers(self, method, tokenizer):
+        options = {} if method["peft_type"] != "LOHA" else {"target_modules": ["q_proj"]}
+        if method["peft_type"] == "BITFIT":
+            with pytest.raises(ConfigurationError, match="is not one of PEFT"):
+                made("llama", tokenizer, Adapter(method))
+            return
+        backbone = made("llama", tokenizer, Adapter(method | options))
+        learned = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+        assert 0 < learned < 0.2 * sum(p.numel() for p in backbone.parameters())
+
+    def test_adapters_that_are_instructions_and_layers_that_are_not_there_are_refused(self, tokenizer):
+        with pytest.raises(ConfigurationError, match="PROMPT_TUNING of PEFT puts vectors before the input"):
+            made("llama", tokenizer, Adapter({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
+        with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaForCausalLM: Target modules"):
+            made("llama", tokenizer, LoRA(target_modules=["no_such_layer"]))
+
+
+def test_other_random_models_are_refused(tokenizer):
+    with pytest.raises(ConfigurationError, match="needs a `model_type` such as `t5` or `llama`"):
+        RandomCausal({"hidden_size": 8})
+    with pytest.raises(ConfigurationError, match="makes no causal model"):
+        RandomCausal({"model_type": "t5"}).build(tokenizer)
+    with pytest.raises(ConfigurationError, match="Cannot load `no/such/model` as a causal model"):
+        Causal("no/such/model").build(tokenizer)
