@@ -1,8 +1,9 @@
-"""Where gradients are differentiated again, which not every kernel and not every compiled module allows."""
+"""Where gradients are differentiated again, which fused kernels and compiled modules do not allow."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Of the process and not of a thread, as the choice of the kernel is: autograd runs the backward pass of a GPU, and what
@@ -14,13 +15,13 @@ _depth = 0
 def second_order() -> Iterator[None]:
     """Let what is computed in here be differentiated twice.
 
-    Attention runs in PyTorch's math kernel, because the fused kernels have no second derivative, and
-    :func:`needs_second_derivatives` is true.
+    Attention runs in PyTorch's math kernel and compiled modules run as they were written, because neither the fused
+    kernels nor compiled code have a second derivative. :func:`needs_second_derivatives` is true.
     """
     global _depth
     _depth += 1
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         _depth -= 1

@@ -65,9 +65,9 @@ class Rehearsal:
         """The parts of the peak of an inner step and, of a bilevel run, of an outer step."""
         module = self.module
         if isinstance(module, InstructionOptimization):
-            makers = [module.inner_optimizer, module.outer_optimizer]
+            makers, parts = [module.inner_optimizer, module.outer_optimizer], module.micro_batches
         else:
-            makers = [module.optimizer]
+            makers, parts = [module.optimizer], 1
         optimized = [[p for g in opt.param_groups for p in g["params"]] for opt in self.trainer.optimizers]
         optimizers = [optimizer_memory(make, p) for make, p in zip(makers, optimized, strict=True)]
         always = {
@@ -80,11 +80,11 @@ class Rehearsal:
         # The step of the outer optimizer is never the peak: hypergradients need more vectors in phi's shape.
         update = {"gradients and vectors": gradients + optimizers[0].temporary}
         with untouched(module), self._widest():
-            backward = self._peak(self._inner_step, {"inner": rows_at_once(self.data.batch_size, 1)})
+            backward = self._peak(self._inner_step, {"inner": rows_at_once(self.data.batch_size, parts)})
             found = {"inner step": always | max(backward, update, key=total)}
             if isinstance(module, InstructionOptimization):
                 sizes = {"inner": self.data.batch_size, "outer": self.data.outer_batch_size}
-                rows = {level: rows_at_once(size, module.micro_batches) for level, size in sizes.items()}
+                rows = {level: rows_at_once(size, parts) for level, size in sizes.items()}
                 found["outer step"] = always | self._peak(self._outer_step, rows)
         return found
 

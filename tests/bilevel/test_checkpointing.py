@@ -327,14 +327,11 @@ class Unfriendly(nn.Module):
         super().__init__()
         self.way = way
         self.layer = nn.Linear(3, 3)
-        self.compiled = torch.compile(self.layer, backend="aot_eager")
         self.hidden = torch.zeros(3, requires_grad=True)
 
     def forward(self, x: Tensor) -> object:
         if self.way == "once differentiable":
             return OnceDifferentiable.apply(self.layer(x))
-        if self.way == "compiled":
-            return self.compiled(x)
         if self.way == "another tensor":
             return self.layer(x) + self.hidden.exp()
         return {self.layer(x)}
@@ -345,13 +342,11 @@ class Unfriendly(nn.Module):
     ("way", "message"),
     [
         ("once differentiable", "marked as differentiable only once"),
-        ("compiled", "a module is compiled"),
         ("another tensor", r"uses a tensor of shape \(3,\) that requires a gradient"),
         ("an object", "an object of type set"),
     ],
 )
 def test_what_would_be_wrong_is_an_error(way, message, product):
-    torch._dynamo.reset()
     module, phi, x = Unfriendly(way), torch.zeros(3, requires_grad=True), torch.randn(2, 3)
     checkpoint_activations(module)
 

@@ -277,6 +277,8 @@ def unfriendly(cause: str) -> BilevelProblem:
             return compiled(x)
         if cause == "reentrant checkpointing":
             return checkpoint(layer, x, use_reentrant=True)
+        if cause == "nothing":
+            return layer(x)
         return OnceDifferentiable.apply(layer(x))
 
     return BilevelProblem(
@@ -286,7 +288,6 @@ def unfriendly(cause: str) -> BilevelProblem:
 
 CAUSES = {
     "fused attention": "attention runs in a fused kernel",
-    "torch.compile": "compiled by `torch.compile`",
     "once differentiable": "differentiable only once",
 }
 
@@ -294,17 +295,23 @@ CAUSES = {
 @pytest.mark.parametrize("product", [DoubleBackward, GaussNewton, ReverseOverForward])
 @pytest.mark.parametrize("cause", CAUSES)
 def test_models_without_second_derivatives_get_one_error_that_names_what_works(cause, product):
-    if (cause, product) == ("torch.compile", ReverseOverForward):
-        # PyTorch leaves compiled code where functions are overridden, and that is what this product does.
-        problem, v = unfriendly(cause), random_vector(unfriendly(cause))
-        with product().linearize(problem) as forward, FiniteDifference(check=False).linearize(problem) as differences:
-            assert relative_error(forward.hessian(v), flat(differences.hessian(v))) < 1e-2
-        return
     message = f"{product.__name__} needs second derivatives, and .*Use `FiniteDifference`"
     with pytest.raises(ConfigurationError, match=message) as caught:
         Neumann(step_size=0.1, product=product())(unfriendly(cause))
     if product is DoubleBackward:
         assert CAUSES[cause] in str(caught.value)
+
+
+@pytest.mark.parametrize("product", [DoubleBackward, GaussNewton, ReverseOverForward])
+def test_compiled_modules_run_as_they_were_written(product):
+    problem, compiled = unfriendly("nothing"), unfriendly("torch.compile")
+    v = random_vector(problem)
+    with product().linearize(problem) as plain, product().linearize(compiled) as found:
+        assert relative_error(found.hessian(v), flat(plain.hessian(v))) < 1e-6
+    with torch.enable_grad():  # and compiled again afterwards, where nothing is differentiated twice
+        gradient = torch.autograd.grad(compiled.inner_parts()[0][0](), compiled.inner_parameters, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            gradient[0].sum().backward()
 
 
 def test_reentrant_checkpointing_is_named():
