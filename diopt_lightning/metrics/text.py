@@ -3,14 +3,19 @@
 import string
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-from rouge_score.rouge_scorer import RougeScorer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> "RougeScorer":
+    # Here, so that training, which has no use for it, works where it is not installed.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
