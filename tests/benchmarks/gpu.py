@@ -1,7 +1,7 @@
 """What training steps cost on one large GPU, in seconds and in memory, as a Markdown table.
 
-Run ``python -m tests.benchmarks.gpu`` in the repository's root. Rows are printed as they are measured, and none is begun
-after nine minutes. It needs torch, transformers, lightning and peft, and this package's metadata, which
+Run ``python -m tests.benchmarks.gpu`` in the repository's root. Rows are printed as they are measured, and none is
+begun after nine minutes. It needs torch, transformers, lightning and peft, and this package's metadata, which
 ``pip install --no-deps .`` installs. Weights and tokens are random: nothing is downloaded or read.
 """
 
@@ -300,8 +300,8 @@ def head(shapes: dict[str, Shape], device: torch.device) -> str:
             "- GiB: highest memory allocated by tensors in the step, with weights and optimizer states",
             "- an outer step is the hypergradient and a step of its optimizer, without the estimate of the spectrum "
             "that some take every 50 steps; exact second derivatives unless `differences`; SAMA and Penalty take "
-            "differences by themselves, which are accurate in float32 alone: in TF32 or beside bf16 the rows say what "
-            "they cost, not that they are good",
+            "differences by themselves. Where activations are in bf16 those are noise: their rows say what they cost, not "
+            "that they are good",
             "",
             "| " + " | ".join(titles) + " |",
             "| " + " | ".join(["---"] * len(titles)) + " |",

@@ -108,7 +108,7 @@ class Row:
 ROWS = [
     *(Row("t5-base", "32-true, TF32", name) for name in ("Chebyshev(5)", "Neumann(1)", "Identity")),
     Row("t5-base", "32-true, TF32", "Chebyshev(5)", checkpointed=True),
-    # Differences are lost in the rounding of anything less.
+    # Without TF32: differences are the less accurate, the more is rounded.
     *(Row("t5-base", "32-true", name) for name in ("Chebyshev(5), differences", "SAMA", "Penalty(5)")),
     *(Row("t5-base", "bf16-mixed", name) for name in ("Chebyshev(5)", "Neumann(1)", "Identity")),
     Row("t5-base", "bf16-mixed", "Chebyshev(5)", checkpointed=True),
