@@ -296,12 +296,12 @@ def head(shapes: dict[str, Shape], device: torch.device) -> str:
             "- T5 1.1 with random weights and dropout 0.1; AdamW (fused) for all parameters, or for LoRA of rank 8 on "
             "queries and values beside a frozen base in bf16, with adapters in float32",
             "- products: those with second derivatives in an outer step; more than the estimator is given where its "
-            "estimate of the spectrum turns out to be too low",
+            "estimate of the spectrum turns out to be wrong and is made anew",
             "- GiB: highest memory allocated by tensors in the step, with weights and optimizer states",
             "- an outer step is the hypergradient and a step of its optimizer, without the estimate of the spectrum "
             "that some take every 50 steps; exact second derivatives unless `differences`; SAMA and Penalty take "
-            "differences by themselves. Where activations are in bf16 those are noise: their rows say what they cost, not "
-            "that they are good",
+            "differences by themselves. Where activations are in bf16 those are noise: their rows say what they cost, "
+            "not that they are good",
             "",
             "| " + " | ".join(titles) + " |",
             "| " + " | ".join(["---"] * len(titles)) + " |",
