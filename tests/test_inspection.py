@@ -132,7 +132,7 @@ def test_a_run_leaves_what_it_learned_of_every_form(form, blank_exemplars, tmp_p
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     written = json.loads((tmp_path / "instructions.json").read_text())
     assert written == load(tmp_path / "run.ckpt")
-    assert list(written)[:5] == ["form", "backbone", "step", "tasks", "learned"]
+    assert list(written)[:6] == ["form", "backbone", "encoder_decoder", "step", "tasks", "learned"]
     report = Report.of(written)
     assert [task.name for task in report.tasks] == [f"task00{index}_label_train" for index in range(1, 5)]
     assert report.step == 6

@@ -18,9 +18,11 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         name: Name on the hub, or folder, of the pretrained model; what it is made of where there is none.
+        is_encoder_decoder: Whether an encoder reads the source, and an instruction, apart from the target.
     """
 
     name: str
+    is_encoder_decoder: bool
 
     @property
     @abstractmethod
@@ -67,6 +69,10 @@ class Backbone(nn.Module, ABC):
         Raises:
             ConfigurationError: If they do not fit.
         """
+
+    def frozen_names(self) -> list[str]:
+        """Names of the parameters that are not learned and are loaded again where the model is made again."""
+        return []
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed ids ``(...)`` as vectors ``(..., dim)`` in float32 at least, in which instructions compute."""

@@ -40,6 +40,8 @@ class Causal(TransformersBackbone):
         >>> backbone = Causal("HuggingFaceTB/SmolLM2-135M-Instruct", chat_template=True)  # loaded when training starts
     """
 
+    is_encoder_decoder = False
+
     def __init__(
         self,
         pretrained: str,
@@ -131,6 +133,8 @@ class RandomCausal(Causal):
     Example:
         >>> backbone = RandomCausal({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2})
     """
+
+    is_pretrained = False
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Which parameters of a backbone are learned: all, some, or those of an adapter."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -140,7 +141,10 @@ class Adapter(InnerParameters):
                 "this package is (`EmbedderDP`): choose a method that adapts layers, such as LORA."
             )
         try:
-            return peft.get_peft_model(model, config)
+            with warnings.catch_warnings():
+                # PEFT asks transformers by a name that is going away: no news for a user.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                return peft.get_peft_model(model, config)
         except ValueError as error:
             raise ConfigurationError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
 

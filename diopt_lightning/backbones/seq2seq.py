@@ -38,6 +38,8 @@ class Seq2Seq(TransformersBackbone):
         >>> backbone = Seq2Seq("google/t5-base-lm-adapt")  # loaded when training starts
     """
 
+    is_encoder_decoder = True
+
     def __init__(
         self,
         pretrained: str,
@@ -122,6 +124,8 @@ class RandomSeq2Seq(Seq2Seq):
     Example:
         >>> backbone = RandomSeq2Seq({"model_type": "t5", "d_model": 64, "num_layers": 2})
     """
+
+    is_pretrained = False
 
     def __init__(
         self,

@@ -27,9 +27,11 @@ class TransformersBackbone(Backbone):
 
     Attributes:
         model: The model, with adapters if there are any; there is none before :meth:`build`.
+        is_pretrained: Whether the model is loaded, and not drawn.
     """
 
     model: nn.Module
+    is_pretrained = True
 
     def __init__(
         self, name: str, inner_parameters: InnerParameters | None, activation_checkpointing: bool, compile: bool
@@ -75,6 +77,14 @@ class TransformersBackbone(Backbone):
         if self.compile_model:
             # Batches differ in length: one program for all lengths.
             self.model.compile(dynamic=True)
+
+    def frozen_names(self) -> list[str]:
+        """Names of what was loaded and is not learned; see :class:`Backbone`."""
+        if not self.is_pretrained:
+            return []
+        # Tied weights under each of their names, as in a checkpoint.
+        named = self.named_parameters(remove_duplicate=False)
+        return [name for name, parameter in named if not parameter.requires_grad]
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that a model fits the tokenizer.

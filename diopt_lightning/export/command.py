@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.adapter import export_adapter
 from diopt_lightning.export.embeddings import export_embeddings
-from diopt_lightning.export.model import export_model
+from diopt_lightning.export.model import export_model, plain_model
 from diopt_lightning.export.saved import SavedRun
 from diopt_lightning.export.text import export_text, learned_parts
 
@@ -55,9 +55,7 @@ def _export_model(saved: SavedRun, folder: Path) -> None:
     module, data = saved.modules
     module.backbone.build(data.tokenizer)
     saved.load(module.backbone, "backbone.")
-    model = module.backbone.model
-    assert isinstance(model, PreTrainedModel)
-    export_model(model, data.tokenizer, folder)
+    export_model(plain_model(cast(nn.Module, module.backbone.model)), data.tokenizer, folder)
 
 
 def _export_text(saved: SavedRun, folder: Path, names: list[str]) -> None:
@@ -82,7 +80,6 @@ def _export_vectors(saved: SavedRun, folder: Path, names: list[str], adapter: bo
     embeddings = saved.embeddings()
     chosen = {name: embeddings[name] for name in names}
     if adapter:
-        # Every encoder-decoder model of transformers names its encoder so, and no other language model has one.
-        export_adapter(chosen, folder, any(".encoder." in name for name in saved.state))
+        export_adapter(chosen, folder, saved.instruction["encoder_decoder"])
     else:
         export_embeddings(chosen, folder, form, backbone)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from diopt_lightning.backbones.frozen import add_frozen
 from diopt_lightning.checkpoints import read_checkpoint
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
@@ -94,7 +95,12 @@ class SavedRun:
             part: The part, which has been built.
             prefix: What the names of its weights begin with in the checkpoint.
         """
-        weights = {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
+        module, _ = self.modules
+        whole = dict(self.content)
+        add_frozen(module.backbone, whole)
+        weights = {
+            name.removeprefix(prefix): value for name, value in whole["state_dict"].items() if name.startswith(prefix)
+        }
         try:
             part.load_state_dict(weights)
         except RuntimeError as error:

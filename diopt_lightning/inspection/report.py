@@ -2,7 +2,7 @@
 
 The plain data is what a run writes to ``instructions.json`` and what a checkpoint has under ``instruction``:
 
-- ``form``, ``backbone``: the instruction's class and the model's name
+- ``form``, ``backbone``, ``encoder_decoder``: the instruction's class, the model's name, and whether it is such a model
 - ``tasks``: names of the train tasks
 - ``learned``: for each task what :meth:`~diopt_lightning.instructions.Instruction.describe` says of it
 - ``step``: inner steps that had been taken
@@ -205,7 +205,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def in_order(data: dict[str, Any]) -> dict[str, Any]:
     """The same with what is read first before what is long."""
-    first = [name for name in ("form", "backbone", "step", "tasks", "learned", "diversity") if name in data]
+    names = ("form", "backbone", "encoder_decoder", "step", "tasks", "learned", "diversity")
+    first = [name for name in names if name in data]
     return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from diopt_lightning.backbones import Backbone
+from diopt_lightning.backbones.frozen import add_frozen, drop_frozen
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import Task
@@ -113,6 +114,7 @@ class InstructionEvaluation(pl.LightningModule):
         if self.instruction is not None:
             # A callback may have put something there already.
             checkpoint.setdefault("instruction", {}).update(self.describe_instruction())
+        drop_frozen(self.backbone, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of such a run, before its weights are loaded.
@@ -149,18 +151,20 @@ class InstructionEvaluation(pl.LightningModule):
                     f"`{name}` has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in "
                     "the model: give the configuration that the checkpoint was written with."
                 )
+        add_frozen(self.backbone, checkpoint)
 
     def describe_instruction(self) -> dict[str, Any]:
         """Return what was learned, as numbers and text alone.
 
-        ``form`` is the instruction's class, ``backbone`` the model's name, ``tasks`` the names of the train tasks, in
-        the order of their rows, and ``learned`` what :meth:`~diopt_lightning.instructions.Instruction.describe` says of
-        each.
+        ``form`` is the instruction's class, ``backbone`` the model's name, ``encoder_decoder`` whether it is such a
+        model, ``tasks`` the names of the train tasks, in the order of their rows, and ``learned`` what
+        :meth:`~diopt_lightning.instructions.Instruction.describe` says of each.
         """
         assert self.instruction is not None
         return {
             "form": type(self.instruction).__name__,
             "backbone": self.backbone.name,
+            "encoder_decoder": self.backbone.is_encoder_decoder,
             "tasks": [task.name for task in self.data.split_tasks("train")],
             "learned": self.instruction.describe(self.data.tokenizer, self.backbone.embedding),
         }
