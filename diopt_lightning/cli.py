@@ -127,6 +127,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2."""
     # PyTorch's own deprecation, met by Lightning whenever it moves a batch.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # Said where there are no dev tasks, as asked for.
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     given = list(args) if args is not None else sys.argv[1:]
     try:
         if given and given[0] in COMMANDS:
