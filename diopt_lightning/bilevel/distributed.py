@@ -3,6 +3,7 @@
 import torch
 from torch import distributed
 
+from diopt_lightning.bilevel.sharding import is_sharded
 from diopt_lightning.bilevel.vectors import Vector
 
 
@@ -19,7 +20,8 @@ def average_over_processes(vector: Vector) -> Vector:
     be the same, because the inverse of an average is not the average of the inverses.
 
     Args:
-        vector: Tensors of equal shapes on all processes.
+        vector: Tensors of equal shapes on all processes. Sharded ones are averages already: ``fully_shard`` averages
+            where it shards.
 
     Returns:
         New tensors with the averages; ``vector`` itself where there is only one process.
@@ -29,6 +31,8 @@ def average_over_processes(vector: Vector) -> Vector:
     averaged = list(vector)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, tensor in enumerate(vector):
+        if is_sharded(tensor):
+            continue
         groups.setdefault((tensor.device, tensor.dtype), []).append(position)
     for positions in groups.values():
         flat = torch.cat([vector[position].reshape(-1) for position in positions])

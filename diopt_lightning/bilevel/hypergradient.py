@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, differentiable, scalar
-from diopt_lightning.bilevel.products import checkpointing_explained, zeros
+from diopt_lightning.bilevel.products import checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm
 
 
@@ -39,7 +39,14 @@ class HypergradientEstimator(ABC):
     The direct term :math:`\partial L_{val} / \partial\phi` is included. An outer parameter that no loss reaches gets
     zeros. Nothing is left behind in the parameters: ``.grad`` is not written, values return to the same bits, and no
     random state is consumed.
+
+    Attributes:
+        supports_sharding: Whether inner parameters may be sharded over processes by ``fully_shard`` (FSDP2), under
+            which a model has first derivatives alone; :func:`~diopt_lightning.bilevel.products.differentiate` takes
+            them.
     """
+
+    supports_sharding: bool = False
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -96,7 +103,7 @@ def gradients(problem: BilevelProblem, parts: Sequence[tuple[Loss, float]], name
     for part, weight in parts:
         loss = differentiable(scalar(part(), name), name)
         with checkpointing_explained():
-            found = torch.autograd.grad(loss, [*inner, *outer], allow_unused=True)
+            found = differentiate(loss, problem)
         reached = reached or any(gradient is not None for gradient in found[: len(inner)])
         total = add(total, as_vector(found, [*inner, *outer]), weight)
         value = value + weight * loss.detach()

@@ -51,6 +51,11 @@ class ImplicitEstimator(HypergradientEstimator):
         self.product = product if product is not None else DoubleBackward()
         self._warned = False
 
+    @property
+    def supports_sharding(self) -> bool:  # type: ignore[override]
+        """Whether inner parameters may be sharded; that is the product's matter."""
+        return self.product.supports_sharding
+
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
         """Estimate the hypergradient; see :class:`HypergradientEstimator`."""
         start = time.perf_counter()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from diopt_lightning.bilevel.vectors import Vector, as_vector, norm, solver_dtype
+from diopt_lightning.bilevel.sharding import joined, shards
+from diopt_lightning.bilevel.vectors import Vector, add, as_vector, dot, norm, scale, solver_dtype
 from diopt_lightning.errors import ConfigurationError
 
 DIFFERENTIABLE = (SGD, Adam, AdamW)
@@ -21,12 +22,13 @@ class InnerStep:
     r"""A step :math:`(\theta', s') = U(\theta, s, g)` of an optimizer with state :math:`s` along a gradient :math:`g`.
 
     The update is PyTorch's own, run with its ``differentiable`` option on copies, so weight decay, momentum, Nesterov's
-    variant, AMSGrad and the current learning rate are what they are.
+    variant, AMSGrad and the current learning rate are what they are. These optimizers work entry by entry: of sharded
+    parameters a process updates its own shards.
 
     Args:
         kind: The optimizer's class.
         options: Its options for each parameter.
-        parameters: :math:`\theta` before the step.
+        parameters: :math:`\theta` before the step, of this process.
         states: :math:`s` before the step, for each parameter.
         clip: The largest norm of the gradient that the optimizer is given; longer ones are scaled down.
     """
@@ -60,10 +62,10 @@ class InnerStep:
         return cls(
             kind=type(optimizer),
             options=[{name: v for name, v in groups[id(p)].items() if name in accepted} for p in parameters],
-            parameters=[parameter.clone() for parameter in as_vector(parameters, parameters)],
+            parameters=[parameter.clone() for parameter in shards(as_vector(parameters, parameters))],
             states=[
                 {
-                    name: value.detach().clone()
+                    name: shards([value.detach()])[0].clone()
                     for name, value in optimizer.state.get(p, {}).items()
                     if value is not None
                 }
@@ -83,16 +85,14 @@ class InnerStep:
         Returns:
             The adjoints of :math:`\theta`, :math:`g` and :math:`s`.
         """
-        leaves = [entry.detach().clone().requires_grad_() for entry in gradient]
-        with torch.enable_grad():
-            clipped = clipped_to(leaves, self.clip)
+        clipped, directions = shards(clipped_to(gradient, self.clip)), shards(outward)
         results = [
-            self._adjoint(position, given.detach(), outward[position], states[position] if states else {})
-            for position, given in enumerate(clipped)
+            self._adjoint(position, clipped[position], directions[position], states[position] if states else {})
+            for position in range(len(gradient))
         ]
-        of_clipped = [result[1] for result in results]
-        of_gradient = torch.autograd.grad(clipped, leaves, of_clipped) if self.clip is not None else of_clipped
-        return [result[0] for result in results], list(of_gradient), [result[2] for result in results]
+        of_parameters = joined([result[0] for result in results], gradient)
+        of_gradient = unclipped(joined([result[1] for result in results], gradient), gradient, self.clip)
+        return of_parameters, of_gradient, [result[2] for result in results]
 
     def _adjoint(self, position: int, gradient: Tensor, outward: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """The same for one parameter, given the clipped gradient, whose adjoint it returns."""
@@ -147,9 +147,26 @@ class InnerStep:
         return state
 
 
+# What `torch.nn.utils.clip_grad_norm_` adds to a norm before it divides by it.
+TINY = 1e-6
+
+
 def clipped_to(gradient: Vector, limit: float | None) -> Vector:
-    """Scale a vector to a norm of at most ``limit``, as ``torch.nn.utils.clip_grad_norm_`` does, with its graph."""
+    """Scale a vector to a norm of at most ``limit``, as ``torch.nn.utils.clip_grad_norm_`` does."""
     if limit is None:
         return gradient
-    factor = (limit / (norm(gradient) + 1e-6)).clamp(max=1.0)
-    return [entry * factor for entry in gradient]
+    return scale(gradient, min(limit / (norm(gradient).item() + TINY), 1.0))
+
+
+def unclipped(adjoint: Vector, gradient: Vector, limit: float | None) -> Vector:
+    r"""Pull an adjoint back through :func:`clipped_to`.
+
+    With the norm :math:`n` and the factor :math:`f = c / (n + \epsilon)`, where it is below 1, this is
+    :math:`f a - \frac{f}{n (n + \epsilon)} \langle g, a \rangle \, g`.
+    """
+    size = norm(gradient).item()
+    if limit is None or limit / (size + TINY) >= 1:
+        return adjoint
+    factor = limit / (size + TINY)
+    along = dot(gradient, adjoint).item()
+    return add(scale(adjoint, factor), gradient, -factor * along / (size * (size + TINY)))

@@ -5,6 +5,7 @@ from typing import Any
 
 from diopt_lightning.bilevel.implicit import ImplicitEstimator
 from diopt_lightning.bilevel.products import Linearization, Product
+from diopt_lightning.bilevel.sharding import placed, whole
 from diopt_lightning.bilevel.spectrum import Spectrum
 from diopt_lightning.bilevel.vectors import Vector, add
 from diopt_lightning.errors import ConfigurationError
@@ -54,7 +55,7 @@ class KrylovEstimator(ImplicitEstimator):
         if self._solution is None:
             solution = self.iterate(linearization, v0, self.products, damping)
         else:
-            last = [entry.to(x.device) for entry, x in zip(self._solution, v0, strict=True)]
+            last = placed(self._solution, v0)
             residual = add(v0, damped(linearization, last, damping), -1.0)
             solution = add(last, self.iterate(linearization, residual, self.products - 1, damping))
         if self.warm_start:
@@ -87,7 +88,8 @@ class KrylovEstimator(ImplicitEstimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last solution, if it is needed, and the state of the spectrum."""
-        return super().state_dict() | {"solution": self._solution, "spectrum": self.spectrum.state_dict()}
+        solution = whole(self._solution) if self._solution is not None else None
+        return super().state_dict() | {"solution": solution, "spectrum": self.spectrum.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

@@ -7,7 +7,8 @@ import torch
 from diopt_lightning.bilevel.implicit import ImplicitEstimator
 from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products import Linearization, Product
-from diopt_lightning.bilevel.vectors import Vector, add, as_vector, dot, scale
+from diopt_lightning.bilevel.sharding import placed, whole
+from diopt_lightning.bilevel.vectors import Vector, add, as_vector, divide, dot, mean, multiply, scale
 from diopt_lightning.errors import ConfigurationError
 
 
@@ -99,15 +100,15 @@ class NaturalHypergradient(ImplicitEstimator):
         if self.rank is not None:
             self._gradients = [*self._gradients, [entry.clone() for entry in gradient]][-self.rank :]
             return
-        squares = list(torch._foreach_mul(gradient, gradient))
-        before = scale(squares, 0.0) if self._squares is None else self._squares
+        squares = multiply(gradient, gradient)
+        before = scale(squares, 0.0) if self._squares is None else placed(self._squares, squares)
         self._squares = add(scale(before, self.decay), squares, 1 - self.decay)
         self._weight = self.decay * self._weight + 1 - self.decay
 
     def solve(self, linearization: Linearization, v0: Vector) -> Vector:
         """Apply the inverse of the damped Fisher matrix; see :class:`ImplicitEstimator`."""
         if self._squares is not None:
-            return self._solve_diagonal(self._squares, v0)
+            return self._solve_diagonal(placed(self._squares, v0), v0)
         if self._gradients:
             return self._solve_low_rank(v0)
         raise ConfigurationError(
@@ -117,13 +118,11 @@ class NaturalHypergradient(ImplicitEstimator):
 
     def _solve_diagonal(self, squares: Vector, v0: Vector) -> Vector:
         diagonal = scale(squares, 1 / self._weight)  # without the bias towards its start at zero
-        count = sum(entry.numel() for entry in diagonal)
-        mean = torch.stack([entry.sum() for entry in diagonal]).sum().item() / count
-        self._damping = self.damping or mean or 1.0
-        return list(torch._foreach_div(v0, torch._foreach_add(diagonal, self._damping)))
+        self._damping = self.damping or mean(diagonal).item() or 1.0
+        return divide(v0, diagonal, plus=self._damping)
 
     def _solve_low_rank(self, v0: Vector) -> Vector:
-        columns = self._gradients
+        columns = [placed(column, v0) for column in self._gradients]
         rank = len(columns)
         gram = torch.stack([torch.stack([dot(a, b) for b in columns]) for a in columns])
         self._damping = self.damping or 0.1 * torch.linalg.eigvalsh(gram).max().item() / rank or 1.0
@@ -141,7 +140,9 @@ class NaturalHypergradient(ImplicitEstimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the Fisher matrix."""
-        fisher = {"gradients": self._gradients, "squares": self._squares, "weight": self._weight}
+        squares = whole(self._squares) if self._squares is not None else None
+        gradients = [whole(gradient) for gradient in self._gradients]
+        fisher = {"gradients": gradients, "squares": squares, "weight": self._weight}
         return super().state_dict() | fisher
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -69,6 +69,9 @@ class Nystrom(ImplicitEstimator):
         self._calls = 0
         self._damping = 0.0
 
+    #: The sketch is taken of whole vectors.
+    supports_sharding = False
+
     def solve(self, linearization: Linearization, v0: Vector) -> Vector:
         """Sketch, and invert the sketch; see :class:`ImplicitEstimator`."""
         right = flat(v0)

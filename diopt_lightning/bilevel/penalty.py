@@ -14,6 +14,7 @@ from diopt_lightning.bilevel.hypergradient import (
 from diopt_lightning.bilevel.implicit import DIVERGED
 from diopt_lightning.bilevel.perturbation import move, restored
 from diopt_lightning.bilevel.problem import BilevelProblem
+from diopt_lightning.bilevel.sharding import placed, whole
 from diopt_lightning.bilevel.spectrum import Spectrum
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
 from diopt_lightning.bilevel.warning import ConvergenceWarning
@@ -71,6 +72,8 @@ class Penalty(HypergradientEstimator):
         -2.0
     """
 
+    supports_sharding = True
+
     def __init__(
         self,
         steps: int = 5,
@@ -125,7 +128,7 @@ class Penalty(HypergradientEstimator):
         parameters = problem.inner_parameters
         offset, remaining = scale(force, -step_size), self.steps - 1
         if self._offset is not None:
-            offset, remaining = self._offset, self.steps
+            offset, remaining = placed(self._offset, gradient), self.steps
         move(parameters, offset, 1.0)
         for _ in range(remaining):
             force = add(inner_gradients(problem)[1], gradient, -1.0)
@@ -170,7 +173,8 @@ class Penalty(HypergradientEstimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last offset, if it is needed, and the state of the spectrum."""
-        return {"offset": self._offset, "warned": self._warned, "spectrum": self.spectrum.state_dict()}
+        offset = whole(self._offset) if self._offset is not None else None
+        return {"offset": offset, "warned": self._warned, "spectrum": self.spectrum.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from diopt_lightning.bilevel.sharding import shards
 from diopt_lightning.bilevel.vectors import Vector
 
 
@@ -22,10 +23,11 @@ def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def move(parameters: Sequence[Tensor], v: Vector, step: float) -> None:
     """Add ``step * v`` to parameters in place."""
-    torch._foreach_add_(list(parameters), [x.to(p.dtype) for x, p in zip(v, parameters, strict=True)], alpha=step)
+    way = [x.to(p.dtype) for x, p in zip(shards(v), parameters, strict=True)]
+    torch._foreach_add_(shards(parameters), way, alpha=step)
 
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write values into parameters in place."""
-    torch._foreach_copy_(list(parameters), list(values))
+    torch._foreach_copy_(shards(parameters), shards(values))

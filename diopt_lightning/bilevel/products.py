@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.bilevel.problem import BilevelProblem, differentiable, scalar
+from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector
 from diopt_lightning.errors import ConfigurationError
 
@@ -57,7 +58,7 @@ class Linearization(ABC):
         parameters = self.problem.inner_parameters
         total = zeros(parameters)
         for index, (_, weight) in enumerate(self.parts):
-            gradient = torch.autograd.grad(self.evaluate(index), parameters, allow_unused=True)
+            gradient = differentiate(self.evaluate(index), self.problem)[: len(parameters)]
             total = add(total, as_vector(gradient, parameters), weight)
         return self.problem.average(total)
 
@@ -114,6 +115,10 @@ class ExactLinearization(Linearization):
 class Product(ABC):
     """A way to get products with second derivatives; an estimator of hypergradients is given one of these.
 
+    Attributes:
+        supports_sharding: Whether inner parameters may be sharded over processes by ``fully_shard`` (FSDP2), under
+            which a model has first derivatives alone, and only by ``.backward()``; see :func:`differentiate`.
+
     Args:
         fraction: Share of the inner loss's micro-batches that the Hessian is computed on: a stochastic, cheaper system.
             The mixed derivative is always computed on all of them. Default: 1, all.
@@ -121,6 +126,8 @@ class Product(ABC):
     Raises:
         ConfigurationError: If ``fraction`` is not above 0 and up to 1.
     """
+
+    supports_sharding = False
 
     def __init__(self, fraction: float = 1.0) -> None:
         if not 0 < fraction <= 1:
@@ -135,6 +142,11 @@ class Product(ABC):
             ConfigurationError: If the problem cannot be differentiated in this way; the message names what can.
             ValueError: If the inner loss is no scalar or depends on none of the inner parameters.
         """
+        if any_sharded(problem.inner_parameters) and not self.supports_sharding:
+            raise ConfigurationError(
+                f"{type(self).__name__} needs second derivatives, which a model that is sharded by `fully_shard` "
+                "(FSDP2) does not have: use `FiniteDifference` as the `product`."
+            )
         with self.guard():
             linearization = self.at(problem)
             try:
@@ -193,6 +205,27 @@ def checkpointing_explained() -> Iterator[None]:
             "Activations are checkpointed in the reentrant way, which gives gradients to `.backward()` only: "
             "checkpoint with `use_reentrant=False`."
         ) from error
+
+
+def differentiate(loss: Tensor, problem: BilevelProblem) -> list[Tensor | None]:
+    """Return the gradients of a loss with respect to inner and then outer parameters; ``None`` where it reaches none.
+
+    Where inner parameters are sharded, the graph holds copies of them that are gathered for the forward pass, and their
+    gradients, averages over the processes, come by ``.backward()`` alone. What was in ``.grad`` is there again
+    afterwards. (It is lost of parameters that are in neither group and require a gradient: freeze those.)
+    """
+    parameters = [*problem.inner_parameters, *problem.outer_parameters]
+    if not any_sharded(parameters):
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def zeros(parameters: Sequence[Tensor]) -> Vector:

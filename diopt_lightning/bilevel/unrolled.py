@@ -73,6 +73,11 @@ class Unrolled(HypergradientEstimator):
         [tensor([-1.6875])]
     """
 
+    @property
+    def supports_sharding(self) -> bool:  # type: ignore[override]
+        """Whether inner parameters may be sharded; that is the product's matter."""
+        return self.product.supports_sharding
+
     def __init__(self, steps: int = 1, product: Product | None = None) -> None:
         if steps < 1:
             raise ConfigurationError(f"`steps` must be 1 or more, got {steps}.")

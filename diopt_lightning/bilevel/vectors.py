@@ -2,13 +2,16 @@
 
 A *vector* here is what the mathematics calls a vector: the concatenation of the gradients of all parameters. It is
 kept as a list of tensors, in float32 at least, whatever the precision of the parameters is: a truncated Neumann series
-sums many small terms, which bfloat16 would round away.
+sums many small terms, which bfloat16 would round away. Entries for sharded parameters are sharded themselves; sums over
+them are those over all processes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from diopt_lightning.bilevel.sharding import everywhere, joined, shards
 
 Vector = list[Tensor]
 
@@ -38,20 +41,35 @@ def solver_dtype(parameter: Tensor) -> torch.dtype:
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product ``<a, b>`` as a scalar tensor."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(a, b)]).sum()
+    return everywhere([product.sum() for product in torch._foreach_mul(shards(a), shards(b))], a).sum()
 
 
 def norm(a: Vector) -> Tensor:
     """Euclidean norm of the concatenated vector as a scalar tensor."""
-    size: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
+    size: Tensor = torch.linalg.vector_norm(everywhere(torch._foreach_norm(shards(a)), a))
     return size
 
 
 def scale(a: Vector, factor: float) -> Vector:
     """Return ``factor * a``."""
-    return list(torch._foreach_mul(a, factor))
+    return joined(torch._foreach_mul(shards(a), factor), a)
 
 
 def add(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
     """Return ``a + factor * b`` in new tensors."""
-    return list(torch._foreach_add(a, b, alpha=factor))
+    return joined(torch._foreach_add(shards(a), shards(b), alpha=factor), a)
+
+
+def multiply(a: Vector, b: Vector) -> Vector:
+    """Return the product of ``a`` and ``b``, entry by entry."""
+    return joined(torch._foreach_mul(shards(a), shards(b)), a)
+
+
+def divide(a: Vector, b: Vector, plus: float) -> Vector:
+    """Return ``a / (b + plus)``, entry by entry."""
+    return joined(torch._foreach_div(shards(a), torch._foreach_add(shards(b), plus)), a)
+
+
+def mean(a: Vector) -> Tensor:
+    """Mean of all numbers of the vector as a scalar tensor."""
+    return everywhere([entry.sum() for entry in shards(a)], a).sum() / sum(entry.numel() for entry in a)

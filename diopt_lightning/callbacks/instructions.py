@@ -73,9 +73,10 @@ class LearnedInstructions(pl.Callback):
         if not learns(pl_module):
             return
         folder = results_folder(trainer)
+        # On all processes, which gather a sharded model's embeddings together.
+        data = in_order(pl_module.describe_instruction() | self.report(trainer, pl_module))
         if not trainer.is_global_zero:
             return
-        data = in_order(pl_module.describe_instruction() | self.report(trainer, pl_module))
         write_json(folder / "instructions.json", data)
         report = Report.of(data)
         (folder / "instructions.html").write_text(page(report), encoding="utf-8")
@@ -114,8 +115,7 @@ class LearnedInstructions(pl.Callback):
         moment: dict[str, Any] = {"step": trainer.global_step, "learned": [], "diversity": None}
         # Describing a soft instruction compares it with the whole vocabulary, and leaves nothing to keep.
         if not self.moments or self.moments[0]["learned"]:
-            entries = module.instruction.describe(module.data.tokenizer, module.backbone.embedding)
-            found = [kept(entry) for entry in entries]
+            found = [kept(entry) for entry in module.learned()]
             moment["learned"] = found if any(found) else []
         vectors = self._vectors(module)
         if vectors is not None:

@@ -25,8 +25,10 @@ from diopt_lightning.bilevel import (
     average_over_processes,
 )
 from diopt_lightning.bilevel.problem import Loss
+from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.modules.strategies import check_strategy
 from diopt_lightning.modules.training import clip, constants, evaluation_mode
 
 
@@ -175,7 +177,14 @@ class BilevelModule(pl.LightningModule, ABC):
         return {"inner_loss": inner_loss}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make both optimizers and their schedulers; the inner level comes first."""
+        """Make both optimizers and their schedulers; the inner level comes first.
+
+        Raises:
+            ConfigurationError: If the trainer's strategy cannot carry the estimator, or a scheduler needs a metric.
+        """
+        if self._trainer is not None:
+            # Before an optimizer meets a strategy that fails with it, and names no way out.
+            check_strategy(self.trainer, self.hypergradient)
         configured: list[Any] = []
         for level in ("inner", "outer"):
             optimizer = getattr(self, f"{level}_optimizer")(getattr(self, f"{level}_parameters")())
@@ -195,15 +204,20 @@ class BilevelModule(pl.LightningModule, ABC):
         """Refuse what cannot work, and let all processes start from the same outer parameters.
 
         Raises:
-            ConfigurationError: If the trainer's precision scales the loss.
+            ConfigurationError: If the trainer's precision scales the loss, or outer parameters are sharded.
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ConfigurationError(
                 f"`trainer.precision` is {self.trainer.precision}, whose loss scaling would divide the hypergradient "
                 "by the scale: use `32-true` or `bf16-mixed`."
             )
+        if any_sharded(self.outer_parameters()):
+            raise ConfigurationError(
+                "Outer parameters are sharded: call `fully_shard` on the modules of the inner level alone."
+            )
         for parameter in self.outer_parameters():
-            parameter.data = self.trainer.strategy.broadcast(parameter.data)
+            # By way of the CPU: a broadcast tensor arrives on the device that it was sent from.
+            parameter.data.copy_(self.trainer.strategy.broadcast(parameter.data.cpu()))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

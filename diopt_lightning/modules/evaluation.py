@@ -9,6 +9,7 @@ from torchmetrics import MetricCollection
 
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.backbones.frozen import add_frozen, drop_frozen
+from diopt_lightning.backbones.sharding import gathered, shard
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import Task
@@ -16,6 +17,7 @@ from diopt_lightning.data.text_format import TextFormat
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import ExactMatch, RougeL
+from diopt_lightning.modules.strategies import sharding_mesh
 
 
 class Prediction(TypedDict):
@@ -76,9 +78,16 @@ class InstructionEvaluation(pl.LightningModule):
         return data
 
     def configure_model(self) -> None:
-        """Make the model and the instruction's parameters, once tasks and tokenizer are known."""
+        """Make the model and the instruction's parameters, once tasks and tokenizer are known.
+
+        Under ``ModelParallelStrategy`` the model is sharded over the processes (FSDP2), and the instruction is not.
+
+        Raises:
+            ConfigurationError: If the instruction or the trainer's strategy does not fit.
+        """
         if hasattr(self, "scores"):
             return
+        mesh = sharding_mesh(self.trainer)
         self.backbone.build(self.data.tokenizer)
         self.backbone.check_lengths(self.data.max_source_length, self.data.max_target_length)
         if self.instruction is not None:
@@ -86,6 +95,8 @@ class InstructionEvaluation(pl.LightningModule):
             unseen = self.data.tasks[len(train) :] if self.instructed_evaluation else []
             self._check_unseen(unseen)
             self.instruction.build(train, self.data.tokenizer, self.backbone.embedding, unseen)
+        if mesh is not None:
+            shard(self.backbone, mesh)
         for stage in ("dev", "test"):
             categories = {task.name: task.category for task in self.data.split_tasks(stage)}
             if categories:
@@ -114,7 +125,9 @@ class InstructionEvaluation(pl.LightningModule):
         if self.instruction is not None:
             # A callback may have put something there already.
             checkpoint.setdefault("instruction", {}).update(self.describe_instruction())
-        drop_frozen(self.backbone, checkpoint)
+        # What is sharded goes into a checkpoint as a whole: its parts are not all at hand, to be told apart.
+        if sharding_mesh(self.trainer) is None:
+            drop_frozen(self.backbone, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of such a run, before its weights are loaded.
@@ -145,7 +158,8 @@ class InstructionEvaluation(pl.LightningModule):
                     f"{what}: give the data and the splits that it was trained on."
                 )
         own = self.state_dict()
-        for name, value in checkpoint["state_dict"].items():
+        # A checkpoint of sharded weights is a folder, from which the strategy has read them already.
+        for name, value in checkpoint.get("state_dict", {}).items():
             if isinstance(value, Tensor) and name in own and own[name].shape != value.shape:
                 raise ConfigurationError(
                     f"`{name}` has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in "
@@ -166,8 +180,14 @@ class InstructionEvaluation(pl.LightningModule):
             "backbone": self.backbone.name,
             "encoder_decoder": self.backbone.is_encoder_decoder,
             "tasks": [task.name for task in self.data.split_tasks("train")],
-            "learned": self.instruction.describe(self.data.tokenizer, self.backbone.embedding),
+            "learned": self.learned(),
         }
+
+    def learned(self) -> list[dict[str, Any]]:
+        """What :meth:`~diopt_lightning.instructions.Instruction.describe` says of each train task, on all processes."""
+        assert self.instruction is not None
+        with gathered(self.backbone):
+            return self.instruction.describe(self.data.tokenizer, self.backbone.embedding)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of dev tasks, which select checkpoints."""

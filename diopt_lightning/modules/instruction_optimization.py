@@ -12,6 +12,7 @@ from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.bilevel import BilevelModule
 from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.modules.strategies import check_strategy
 
 
 class InstructionOptimization(BilevelModule, InstructionEvaluation):
@@ -97,11 +98,13 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         self.instructed_evaluation = instructed_evaluation
 
     def setup(self, stage: str) -> None:
-        """Check before anything is built that there are validation tasks.
+        """Check before anything is built that there are validation tasks, and a strategy that works.
 
         Raises:
-            ConfigurationError: If there are none.
+            ConfigurationError: If there are none, or the strategy cannot carry the estimator.
         """
+        if stage == "fit":
+            check_strategy(self.trainer, self.hypergradient)
         if stage == "fit" and not self.data.splits.validation:
             raise ConfigurationError(
                 "There are no validation tasks, whose loss the instructions are optimized by: set "

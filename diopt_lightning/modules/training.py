@@ -3,7 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from diopt_lightning.bilevel.sharding import any_sharded, shards
+from diopt_lightning.bilevel.vectors import norm
 
 
 @contextmanager
@@ -37,6 +41,13 @@ def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
     Raises:
         RuntimeError: If the norm is not finite: a step along it would destroy the parameters.
     """
-    return nn.utils.clip_grad_norm_(
-        parameters, max_norm=limit if limit is not None else float("inf"), error_if_nonfinite=True
-    )
+    largest = limit if limit is not None else float("inf")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any_sharded(gradients):
+        return nn.utils.clip_grad_norm_(parameters, max_norm=largest, error_if_nonfinite=True)
+    size = norm(gradients)
+    if not size.isfinite():
+        raise RuntimeError(f"The norm of the gradient is not finite ({size.item()}), so it cannot be clipped.")
+    factor = (largest / (size + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(shards(gradients), factor)
+    return size

@@ -1,0 +1,72 @@
+"""Which of Lightning's strategies can carry a bilevel problem, and with what."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+
+from diopt_lightning.bilevel import HypergradientEstimator, ImplicitEstimator, Unrolled
+from diopt_lightning.errors import ConfigurationError
+
+SHARDED = "`ModelParallelStrategy` (FSDP2) with `data_parallel_size` set to the number of GPUs and "
+SHARDED += "`tensor_parallel_size` to 1"
+FIRST_ORDER = "`SAMA`, `Penalty`, or `Chebyshev` and others with `FiniteDifference` as their `product`"
+
+
+def sharding_mesh(trainer: Trainer) -> DeviceMesh | None:
+    """The processes that a model is to be sharded over; ``None`` where the trainer's strategy leaves models whole.
+
+    Raises:
+        ConfigurationError: If the strategy would split single matrices too.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    split = strategy.device_mesh["tensor_parallel"].size()
+    if split > 1:
+        raise ConfigurationError(
+            f"`trainer.strategy` is ModelParallelStrategy with a `tensor_parallel_size` of {split} (by default all "
+            f"GPUs of a node), and no model is made for that here: set `data_parallel_size` to {trainer.world_size} "
+            "and `tensor_parallel_size` to 1, which shards the model by FSDP2."
+        )
+    return strategy.device_mesh["data_parallel"]
+
+
+def check_strategy(trainer: Trainer, estimator: HypergradientEstimator) -> None:
+    """Refuse what cannot work under the trainer's strategy, and say what can.
+
+    Raises:
+        ConfigurationError: If the strategy takes one optimizer alone, or takes parameters away that the estimator
+            differentiates with respect to, or shards a model that the estimator needs whole.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            "`trainer.strategy` is DeepSpeed's, which takes one optimizer, and bilevel optimization has two: use "
+            f"{SHARDED} and a first-order estimator ({FIRST_ORDER}), or `ddp` where the model fits one GPU."
+        )
+    if isinstance(strategy, FSDPStrategy):
+        raise ConfigurationError(
+            "`trainer.strategy` is FSDPStrategy (FSDP1), which flattens parameters into new ones that no level knows: "
+            f"use {SHARDED} and a first-order estimator ({FIRST_ORDER})."
+        )
+    if sharding_mesh(trainer) is None:
+        return
+    if not estimator.supports_sharding:
+        raise ConfigurationError(
+            f"{named(estimator)} cannot work under ModelParallelStrategy: a model that is sharded by FSDP2 has first "
+            f"derivatives alone. Use {FIRST_ORDER}, or `ddp` where the model fits one GPU."
+        )
+    if trainer.precision in ("bf16-true", "16-true"):
+        raise ConfigurationError(
+            f"`trainer.precision` is {trainer.precision}, and {named(estimator)} takes differences of gradients, for "
+            "which parameters in half precision are too coarse: use `32-true` (frozen weights may be in `bfloat16` by "
+            "an adapter's `base_dtype`)."
+        )
+
+
+def named(estimator: HypergradientEstimator) -> str:
+    """What an estimator is, with its product where it has one."""
+    name = type(estimator).__name__
+    if isinstance(estimator, (ImplicitEstimator, Unrolled)):
+        return f"{name} with `product` {type(estimator.product).__name__}"
+    return name
