@@ -110,6 +110,8 @@ def instantiate(config: Path, changes: Mapping[str, Any] | None = None) -> Diopt
     cli = NothingToRun(**OPTIONS, seed_everything_default=False, trainer_defaults=local, args=parts, run=False)
     cli.datamodule.trainer = cli.model.trainer = cli.trainer
     cli.trainer.datamodule = cli.datamodule  # type: ignore[attr-defined]
+    # What the data module asks the module for, as how its model reads texts, it finds by way of the trainer.
+    cli.trainer.strategy.connect(cli.model)
     return cli
 
 
