@@ -218,7 +218,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             raise ConfigurationError(
                 f"There is no folder {self.root}: set `data.root` to the folder that holds `tasks/` and `splits/`."
             )
-        lists = read_split_lists(self.root / "splits" / self.split)
+        lists = read_split_lists(self.root / "splits" / self.split, self.root)
         # The lists are checked against each other before anything is drawn, and before files are read.
         TaskSplits(lists["train"], lists.get("validation", ()), lists.get("dev", ()), lists["test"])
         tasks = read_tasks(self.root, [name for names in lists.values() for name in names])

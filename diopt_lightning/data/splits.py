@@ -1,13 +1,18 @@
 """Disjoint sets of tasks: train (inner loss), validation (outer loss), dev (selects checkpoints), test (unseen)."""
 
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diopt_lightning.data.files import quoted, read_bytes
 from diopt_lightning.errors import ConfigurationError
+
+# In bytes; of all common file systems.
+LONGEST_FILE_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -43,45 +48,70 @@ class TaskSplits:
                 seen[name] = split
 
 
-def read_split_list(path: Path) -> tuple[str, ...]:
-    """Read a list of task names, one a line; blank lines are ignored.
+def read_split_list(path: Path, root: Path | None = None) -> tuple[str, ...]:
+    """Read a list of task names, one a line; blank lines and spaces around a name are ignored.
+
+    Args:
+        path: The file.
+        root: The folder that the file must lie in, once links are followed. Default: anywhere.
 
     Raises:
         ConfigurationError: If the file is missing, is not UTF-8, is empty, names a task twice, or holds something that
             is no plain file name.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Editors that begin a text with a byte order mark are common enough.
+        text = read_bytes(path, root).decode("utf-8-sig")
     except OSError as error:
         raise ConfigurationError(f"Cannot read the split list {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    lines = text.replace("\r", "\n").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ConfigurationError(f"The split list {path} names no task: write one name a line.")
-    for number, name in enumerate(names):
-        if name in names[:number]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
             raise ConfigurationError(f"{path} names the task `{name}` twice: remove one of the lines.")
-        if "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
-            raise ConfigurationError(f"{path} names the task {name!r}: a name is that of a file in `tasks/`, no path.")
+        problem = _problem_of(name)
+        if problem:
+            raise ConfigurationError(f"{path} names the task {quoted(name)}: {problem}.")
+        seen.add(name)
     return tuple(names)
 
 
-def read_split_lists(folder: Path) -> dict[str, tuple[str, ...]]:
+def _problem_of(name: str) -> str:
+    """Why something cannot be the name of a task; empty if it can."""
+    if "/" in name or "\\" in name or name in (".", ".."):
+        return "a name is that of a file in `tasks/`, no path"
+    if not name.isprintable():
+        return "a name has no invisible characters"
+    if len(f"{name}.json".encode()) > LONGEST_FILE_NAME:
+        return f"a name has {LONGEST_FILE_NAME - len('.json')} bytes at most"
+    return ""
+
+
+def read_split_lists(folder: Path, root: Path | None = None) -> dict[str, tuple[str, ...]]:
     """Read the lists of the official layout: ``train`` and ``test``, and ``validation`` and ``dev`` where they exist.
+
+    Args:
+        folder: The folder of the lists.
+        root: The folder that the lists must lie in, once links are followed. Default: anywhere.
 
     Raises:
         ConfigurationError: If the folder or one of the two official lists is missing; see :func:`read_split_list`.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         siblings = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        known = f"there are {siblings}" if siblings else f"{folder.parent} holds no splits"
+        known = f"there are {siblings}"[:300] if siblings else f"{folder.parent} holds no splits"
         raise ConfigurationError(f"There is no split folder {folder}: set `split` to one that exists ({known}).")
-    lists = {split: read_split_list(folder / f"{split}_tasks.txt") for split in ("train", "test")}
+    lists = {split: read_split_list(folder / f"{split}_tasks.txt", root) for split in ("train", "test")}
     for split in ("validation", "dev"):
         path = folder / f"{split}_tasks.txt"
-        if path.exists():
-            lists[split] = read_split_list(path)
+        # A link to nothing is a list that cannot be read, and not one to draw in its place.
+        if os.path.lexists(path):
+            lists[split] = read_split_list(path, root)
     return lists
 
 

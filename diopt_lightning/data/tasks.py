@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diopt_lightning.data.files import quoted, read_bytes
 from diopt_lightning.errors import ConfigurationError
+
+# What stands in a document where a field is given twice with different values: which one is meant nobody can tell.
+AMBIGUOUS = object()
 
 
 @dataclass(frozen=True)
@@ -98,30 +102,37 @@ def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:
     """Read ``root/tasks/NAME.json`` for every name, in order.
 
     Raises:
-        ConfigurationError: If a file is missing or is no valid task; see :func:`read_task`.
+        ConfigurationError: If a file is missing, lies outside ``root`` or is no valid task; see :func:`read_task`.
     """
-    return {name: read_task(root / "tasks" / f"{name}.json") for name in names}
+    return {name: read_task(root / "tasks" / f"{name}.json", root) for name in names}
 
 
-def read_task(path: Path) -> Task:
+def read_task(path: Path, root: Path | None = None) -> Task:
     """Read one task file of the official layout.
 
     Unknown fields are ignored, as the official files have many. An empty string is accepted as the output of an
-    instance (there is one in task1564) and as an explanation, and nowhere else.
+    instance (there is one in task1564) and as an explanation, and nowhere else. Several instances may have one ``id``:
+    each counts.
+
+    Args:
+        path: The file.
+        root: The folder that the file must lie in, once links are followed. Default: anywhere.
 
     Raises:
-        ConfigurationError: If the file is missing, is not UTF-8 or not JSON, lacks a field, or a field is empty or of
-            another type; the message names the file, the field and what was found.
+        ConfigurationError: If the file is missing, is not UTF-8 or not JSON, lacks a field, gives one twice with
+            different values, or a field is empty, of another type or holds half of a surrogate pair; the message names
+            the file, the field and what was found.
     """
+    name = path.name.removesuffix(".json")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, root)
     except OSError as error:
         raise ConfigurationError(
-            f"Cannot read the task file {path}: {error.strerror}. Put it there, or remove `{path.stem}` from the "
+            f"Cannot read the task file {path}: {error.strerror}. Put it there, or remove `{name[:80]}` from the "
             "split list."
         ) from error
     try:
-        document = json.loads(content.decode("utf-8"))
+        document = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
     except json.JSONDecodeError as error:
@@ -132,7 +143,7 @@ def read_task(path: Path) -> Task:
         raise ConfigurationError(f"{path} is JSON that cannot be read: {error}.") from error
     reader = _Fields(path, document, "")
     return Task(
-        name=path.stem,
+        name=name,
         categories=reader.texts("Categories"),
         definitions=reader.texts("Definition"),
         positive_examples=tuple(_example(field) for field in reader.objects("Positive Examples", may_be_empty=True)),
@@ -140,6 +151,16 @@ def read_task(path: Path) -> Task:
         instances=tuple(_instance(field) for field in reader.objects("Instances")),
         digest=hashlib.sha256(content).hexdigest(),
     )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no value is lost where a name is given twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        for name, value in pairs:
+            if value != fields[name]:
+                fields[name] = AMBIGUOUS
+    return fields
 
 
 class _Fields:
@@ -153,14 +174,16 @@ class _Fields:
 
     def error(self, problem: str, value: Any, place: str | None = None) -> ConfigurationError:
         where = self.place if place is None else f"{self.place}{place}"
-        found = json.dumps(value, ensure_ascii=False, default=repr)
-        found = found if len(found) <= 80 else f"{found[:77]}..."
-        return ConfigurationError(f"{self.path}{f', field {where}' if where else ''}: {problem}, got {found}.")
+        return ConfigurationError(f"{self.path}{f', field {where}' if where else ''}: {problem}, got {quoted(value)}.")
 
     def get(self, name: str) -> Any:
         if name not in self.value:
             raise ConfigurationError(
                 f"{self.path}{f', field {self.place}' if self.place else ''}: the field `{name}` is missing."
+            )
+        if self.value[name] is AMBIGUOUS:
+            raise ConfigurationError(
+                f"{self.path}, field {self.place}[{name!r}]: it is given twice, with different values; remove one."
             )
         return self.value[name]
 
@@ -170,7 +193,7 @@ class _Fields:
             raise self.error("expected a string", value, f"[{name!r}]")
         if not may_be_empty and not value.strip():
             raise self.error("expected a string that is not empty", value, f"[{name!r}]")
-        return value
+        return self.whole(value, name)
 
     def texts(self, name: str, may_be_empty: bool = False) -> tuple[str, ...]:
         """Read a list of strings with one entry at least; ``may_be_empty`` is about the strings."""
@@ -181,7 +204,16 @@ class _Fields:
             raise self.error("expected a list of strings that is not empty", value, f"[{name!r}]")
         if not may_be_empty and not all(entry.strip() for entry in values):
             raise self.error("expected strings that are not empty", value, f"[{name!r}]")
-        return tuple(values)
+        return tuple(self.whole(entry, name) for entry in values)
+
+    def whole(self, text: str, name: str) -> str:
+        """Return a text of whole characters: JSON can name half of one, which no tokenizer and no file takes."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise self.error(f"character {error.start} is half of a surrogate pair", half, f"[{name!r}]") from error
+        return text
 
     def objects(self, name: str, may_be_empty: bool = False) -> list["_Fields"]:
         value = self.get(name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 from jinja2 import TemplateError
@@ -80,25 +81,74 @@ class TextFormat:
 
     def _continuation(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """Ids of a text as they are behind another one: many tokenizers mark the beginning of a word."""
-        beginning = encode(tokenizer, self.continued)
-        whole = encode(tokenizer, f"{self.continued}{self.separator}{text}")
+        beginning = _ids(tokenizer, self.continued)
+        whole = _ids(tokenizer, f"{self.continued}{self.separator}{text}")
         if whole[: len(beginning)] != beginning:
             raise ConfigurationError(
                 f"The tokenizer joins the end of the prompt {self.continued!r} and the target {text[:60]!r} into one "
                 "token, so that the target has no ids of its own: use another tokenizer, or `chat_template` if the "
                 "model has one."
             )
-        return whole[len(beginning) :]
+        return _spelled_out(tokenizer, whole[len(beginning) :])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text alone."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    r"""The ids of a text alone, in which the name of a special token is a word like any other.
+
+    Texts come from strangers, and none may end a source or open another turn of a dialogue. Where a tokenizer would
+    read ``</s>`` as its end token, the ids are those of its letters; all other ids are the tokenizer's own.
+
+    Example:
+        >>> from diopt_lightning.data.synthetic import word_tokenizer
+        >>> tokenizer = word_tokenizer(["bear", "s"])
+        >>> tokenizer.convert_ids_to_tokens(encode(tokenizer, "bear </s>"))
+        ['bear', '<unk>', 's', '<unk>']
+    """
+    return _spelled_out(tokenizer, _ids(tokenizer, text))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """The ids that the tokenizer itself gives, with special tokens where the text names them."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+
+@lru_cache(maxsize=8)  # the list of special tokens takes longer to make than a short text to encode
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that no text may have: special tokens without the one for unknown words, which text may well have."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "sep", "cls", "mask")}
+    unknown = {tokenizer.unk_token_id} - set(roles.values())
+    return frozenset(special | set(tokenizer.all_special_ids)) - unknown
+
+
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Put the letters of its name in the place of every special token."""
+    control = _control_ids(tokenizer)
+    if control.isdisjoint(ids):
+        return ids
+    names = {index: str(tokenizer.convert_ids_to_tokens(index)) for index in control.intersection(ids)}
+    letters = {index: _letters(tokenizer, name) for index, name in names.items()}
+    return [part for index in ids for part in letters.get(index, [index])]
+
+
+def _letters(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    """Ids of the name of a special token that are none of a special token.
+
+    Where even the option for that does not keep a tokenizer from finding the name, as T5's, which has it among its
+    words, the name is taken apart. A single character that nothing but a special token can stand for is unknown.
+    """
+    control = _control_ids(tokenizer)
+    ids = _ids(tokenizer, name, split_special_tokens=True)
+    if control.isdisjoint(ids):
+        return ids
+    if len(name) > 1:
+        return [*_letters(tokenizer, name[0]), *_letters(tokenizer, name[1:])]
+    return [tokenizer.unk_token_id] if tokenizer.unk_token_id not in {None, *control} else []
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that a tokenizer puts before and after every text."""
-    bare, whole = encode(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
+    bare, whole = _ids(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
     begin = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return tuple(whole[:begin]), tuple(whole[begin + len(bare) :])
 
@@ -131,15 +181,15 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
         opening, closing = render(asked, tokenize=False, add_generation_prompt=True).split(question)
         answered = render([*asked, {"role": "assistant", "content": answer}], tokenize=False)
         _, end = answered.split(answer)
-        ends = encode(tokenizer, end)[:1]
+        ends = _ids(tokenizer, end)[:1]
     except (ValueError, TemplateError) as error:
         raise ConfigurationError(
             f"`chat_template` is true, and the tokenizer has no template that shows a question and an answer "
             f"({str(error).strip().splitlines()[0]}): set it to false, or use the tokenizer of a chat model."
         ) from error
     return TextFormat(
-        tuple(encode(tokenizer, opening)),
-        tuple(encode(tokenizer, closing)),
+        tuple(_ids(tokenizer, opening)),
+        tuple(_ids(tokenizer, closing)),
         target_after=tuple(ends or [tokenizer.eos_token_id]),
         continued=closing,
     )

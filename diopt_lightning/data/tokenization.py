@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of every fingerprint: a change in how rows are made must not meet an old cache.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,13 @@ def tokenize(
         One row an instance with ``input_ids``, ``targets`` (a list of ids for each reference), ``task`` and
         ``instance`` (indices), ``length`` (of the source), ``cut_source``, ``cut_targets`` and ``dropped_examples``
         (counts).
+
+    Raises:
+        ConfigurationError: If a text cannot be tokenized; the message names its task.
     """
     # Imported here, so that the engine and the modules need no `datasets`.
     from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
     from datasets.utils.logging import is_progress_bar_enabled
 
     ids = List(Value("int32"))
@@ -109,6 +113,11 @@ def tokenize(
             cache_dir=str(cache_dir) if cache_dir is not None else None,
             fingerprint=fingerprint(tasks, tokenizer, options),
         )
+    except DatasetGenerationError as error:
+        # What happened while a row was made, in the library's wrapping.
+        if isinstance(error.__cause__, ConfigurationError):
+            raise error.__cause__ from None
+        raise
     finally:
         if shown:
             enable_progress_bars()
@@ -150,9 +159,12 @@ def _rows(
     for index, task, instances in tasks:
         for position in instances:
             instance = task.instances[position]
-            prompt = render(task, instance.input, options.prompt, fits)
-            source, cut_source = text_format.source(tokenizer, prompt.text, options.max_source_length)
-            targets = [text_format.target(tokenizer, o, options.max_target_length) for o in instance.outputs]
+            try:
+                prompt = render(task, instance.input, options.prompt, fits)
+                source, cut_source = text_format.source(tokenizer, prompt.text, options.max_source_length)
+                targets = [text_format.target(tokenizer, o, options.max_target_length) for o in instance.outputs]
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{task.name}.json, field ['Instances'][{position}]: {error}") from error
             yield {
                 "input_ids": source,
                 "targets": [target for target, _ in targets],

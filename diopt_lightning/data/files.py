@@ -1,0 +1,53 @@
+"""Reading files that someone else has written: what can be told before they are opened, and how messages quote them."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+# Many times the largest official task. A file of holes takes no disk, and would be read into memory all the same.
+LARGEST_FILE = 2**30
+QUOTED = 80
+
+
+def read_bytes(path: Path, root: Path | None = None) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: The file.
+        root: The folder that it must lie in once all links are followed. The folder itself may be a link, which its
+            user has made; a link below it comes with the data, and must not lead to the user's other files. That holds
+            for ``tasks`` and ``splits`` as a whole too, as they are unpacked from the same archive.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file (reading a pipe would wait forever), is too large or lies
+            elsewhere.
+    """
+    status = os.stat(path)  # an endless loop of links fails here
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "It is no regular file")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(errno.EFBIG, f"It has {status.st_size:,} bytes, more than {LARGEST_FILE:,}")
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        raise OSError(errno.EPERM, f"It is a link to a file outside {root}")
+    return path.read_bytes()
+
+
+def quoted(value: Any) -> str:
+    r"""A value as JSON, cut to a part of a line and without characters that a terminal would not show.
+
+    Example:
+        >>> print(quoted(["é", "\u202e"]), len(quoted("a" * 1_000_000)))
+        ["é", "\u202e"] 80
+    """
+    text = ""
+    # Piece by piece: the whole may be too long, or too deep for a recursion.
+    for piece in json.JSONEncoder(ensure_ascii=False, default=lambda value: "?").iterencode(value):
+        text += "".join(c if c.isprintable() else ascii(c)[1:-1] for c in piece[: QUOTED + 1])
+        if len(text) > QUOTED:
+            return f"{text[: QUOTED - 3]}..."
+    return text
