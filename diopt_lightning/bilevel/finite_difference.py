@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # A relative error of a product that is warned of: beyond it the differences are dominated by kinks or by rounding.
 INACCURATE = 0.05
+# The same of the change of a product with the distance, which is that of two errors: kinks alone may change it by less.
+ROUNDING = 0.5
 
 
 class FiniteDifference(Product):
@@ -53,13 +55,15 @@ class FiniteDifference(Product):
     The gradient must be smooth. On networks with kinks (ReLU) the products are wrong by 20% and more at every step
     size. So the first product of a run is compared with an exact one, where the model allows that: the relative error
     goes to the statistics as ``finite_difference_error``, and one above 5% is warned of. This check needs the memory
-    of :class:`~diopt_lightning.bilevel.DoubleBackward` once, and is left out where parameters are sharded.
+    of :class:`~diopt_lightning.bilevel.DoubleBackward` once. Where that is not possible, the first product is compared
+    with one at twice the distance, which tells rounding error, as beside frozen weights in half precision, from
+    derivatives, and does not tell how far kinks are off: a change of more than half is warned of.
 
     Args:
         scheme: ``forward`` or ``central``. Default: ``central``, which costs twice as much and is ten times as
             accurate in float32.
         check: Whether to compare the first product with an exact one. Default: yes; say no where its memory is out of
-            reach.
+            reach, for the comparison of two distances.
         fraction: Share of the micro-batches that the Hessian is computed on; see :class:`Product`.
 
     Raises:
@@ -84,7 +88,7 @@ class FiniteDifference(Product):
             raise ConfigurationError(f"`scheme` must be forward or central, got {scheme!r}.")
         self.scheme = scheme
         self.check = check
-        self._checked = not check
+        self._checked = False
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Return the linearization; see :class:`Product`.
@@ -98,19 +102,20 @@ class FiniteDifference(Product):
         """No second derivative is taken; see :class:`Product`."""
         return checkpointing_explained()
 
-    def compare(self, linearization: Linearization, v: Vector, found: Vector) -> None:
-        """Compare the first product of a run with an exact one, and say what came out."""
+    def compare(self, linearization: "_Differences", v: Vector, found: Vector) -> None:
+        """Compare the first product of a run with an exact one, or with one at another distance; say what came out."""
         if self._checked:
             return
         self._checked = True
-        if any_sharded(v):
-            log.warning("FiniteDifference is not checked against an exact product: the model is sharded.")
+        if not self.check or any_sharded(v):
+            self._compare_distances(linearization, v, found)
             return
         try:
             with DoubleBackward(self.fraction).linearize(linearization.problem) as exact:
                 expected = exact.hessian(v)
         except ConfigurationError as error:
             log.warning("FiniteDifference could not be checked against an exact product: %s", error)
+            self._compare_distances(linearization, v, found)
             return
         size = norm(expected).item()
         wrong = norm(add(found, expected, -1.0)).item() / size if size > 0 else norm(found).item()
@@ -126,18 +131,37 @@ class FiniteDifference(Product):
                 stacklevel=2,
             )
 
+    def _compare_distances(self, linearization: "_Differences", v: Vector, found: Vector) -> None:
+        further, size = linearization.product(v, 2.0)[: len(found)], norm(found).item()
+        changed = norm(add(further, found, -1.0)).item() / size if size > 0 else norm(further).item()
+        if changed > ROUNDING:
+            warnings.warn(
+                f"Products by FiniteDifference(scheme={self.scheme!r}) change by {changed:.0%} with the distance of "
+                "the two gradients: they are rounding error (are there frozen weights in half precision?) or the model "
+                "has kinks. Keep all weights in float32, or use an estimator with `DoubleBackward` as its `product`.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+
 
 def distance(parameters: Sequence[Tensor], scheme: Literal["forward", "central"]) -> float:
     r"""How far to move parameters for a difference, :math:`c \sqrt{1 + \|\theta\|}`; see :class:`FiniteDifference`.
 
     Raises:
-        ConfigurationError: If parameters are of half precision.
+        ConfigurationError: If parameters are of half precision, or autocast computes in it.
     """
     half = {parameter.dtype for parameter in parameters if torch.finfo(parameter.dtype).bits < 32}
     if half:
         raise ConfigurationError(
-            f"A finite difference moves parameters by less than {half.pop()} can hold. Keep them in float32 (with "
-            "`bf16-mixed` they are), or use `DoubleBackward` or `ReverseOverForward` as the `product`."
+            f"A finite difference moves parameters by less than {half.pop()} can hold. Keep them in float32, or use "
+            "`DoubleBackward` or `ReverseOverForward` as the `product`."
+        )
+    device = parameters[0].device.type
+    if torch.is_autocast_enabled(device):
+        raise ConfigurationError(
+            f"A finite difference of gradients that autocast computes in {torch.get_autocast_dtype(device)} is "
+            "rounding error. Train with `trainer.precision: 32-true`, or use an estimator with `DoubleBackward` or "
+            "`ReverseOverForward` as its `product`."
         )
     precision: float = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
     factor: float = precision ** (1 / 2) / 4 if scheme == "forward" else precision ** (1 / 3) / 16
@@ -156,17 +180,20 @@ class _Differences(Linearization):
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:
         inner, outer = self.problem.inner_parameters, self.problem.outer_parameters
-        size = norm(v).item()
-        if size == 0:
+        if norm(v).item() == 0:
             return zeros(inner), zeros(outer)
-        step = self._distance / size
+        averaged = self.product(v, 1.0)
+        self._product.compare(self, v, averaged[: len(inner)])
+        return averaged[: len(inner)], averaged[len(inner) :]
+
+    def product(self, v: Vector, times: float) -> Vector:
+        """Both products as one vector, from gradients that are so many ``times`` the usual distance apart."""
+        step = times * self._distance / norm(v).item()
         if self._base is not None:
             products = scale(add(self._gradient_at(v, step), self._base, -1.0), 1 / step)
         else:
             products = scale(add(self._gradient_at(v, step), self._gradient_at(v, -step), -1.0), 0.5 / step)
-        averaged = self.problem.average(products)
-        self._product.compare(self, v, averaged[: len(inner)])
-        return averaged[: len(inner)], averaged[len(inner) :]
+        return self.problem.average(products)
 
     def _gradient_at(self, v: Vector, step: float) -> Vector:
         parameters = self.problem.inner_parameters

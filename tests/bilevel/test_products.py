@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from diopt_lightning.bilevel import (
+    SAMA,
     BilevelProblem,
     ConvergenceWarning,
     DoubleBackward,
@@ -19,6 +20,7 @@ from diopt_lightning.bilevel import (
     Identity,
     MicroBatches,
     Neumann,
+    Penalty,
     ReverseOverForward,
 )
 from diopt_lightning.bilevel.vectors import Vector
@@ -221,6 +223,26 @@ def test_differences_check_themselves_and_say_where_they_are_wrong():
     assert estimator(smooth).statistics["finite_difference_error"] < 0.05
     assert "finite_difference_error" not in estimator(smooth).statistics  # once a run
     assert "finite_difference_error" not in Identity(product=FiniteDifference(check=False))(smooth).statistics
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_differences_beside_half_precision_are_told_from_derivatives(scheme):
+    problem, model = language_model("gated-gelu")
+    Identity(product=FiniteDifference(scheme, check=False))(problem)  # no warning, which would be an error here
+    # What the model computes is rounded, as beside frozen weights in half precision; theta is not.
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(lambda _, __, output: output.bfloat16().float())
+    with pytest.warns(ConvergenceWarning, match=r"change by \d+% with the distance .* rounding error"):
+        Identity(product=FiniteDifference(scheme, check=False))(problem)
+
+
+def test_differences_under_autocast_are_refused():
+    problem, _ = language_model("gated-gelu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for estimator in (Identity(product=FiniteDifference()), SAMA(), Penalty()):
+            with pytest.raises(ConfigurationError, match=r"autocast computes in torch\.bfloat16 is rounding error"):
+                estimator(problem)
 
 
 def test_differences_replay_the_dropout_mask():
