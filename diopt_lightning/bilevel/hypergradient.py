@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diopt_lightning.bilevel.problem import BilevelProblem, Loss, differentiable, scalar
+from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
 from diopt_lightning.bilevel.products import checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm
 
@@ -44,9 +44,11 @@ class HypergradientEstimator(ABC):
         supports_sharding: Whether inner parameters may be sharded over processes by ``fully_shard`` (FSDP2), under
             which a model has first derivatives alone; :func:`~diopt_lightning.bilevel.products.differentiate` takes
             them.
+        remembers: How many of the inner steps that it has observed it will use again; they are not part of its state.
     """
 
     supports_sharding: bool = False
+    remembers: int = 0
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -74,6 +76,18 @@ class HypergradientEstimator(ABC):
         """Restore what :meth:`state_dict` returned."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
+
+    def memory(self, number: int) -> list[dict[str, Any]]:
+        """Return what it remembers of the last ``number`` inner steps, without their losses (numbers and tensors).
+
+        Not part of :meth:`state_dict`, because it is large, and of no use once as many steps have followed.
+        """
+        return []
+
+    def recall(self, memory: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
+        """Restore what :meth:`memory` returned, together with the inner losses of the steps."""
+        if memory:
+            raise ValueError(f"{type(self).__name__} remembers no steps, got those of another.")
 
 
 def outer_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -73,6 +73,15 @@ class InnerStep:
             ],
             clip=clip,
         )
+
+    def saved(self) -> dict[str, Any]:
+        """All of it as plain data and tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"kind": self.kind.__name__}
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "InnerStep":
+        """The step of which :meth:`saved` returned this."""
+        return cls(**(saved | {"kind": next(kind for kind in DIFFERENTIABLE if kind.__name__ == saved["kind"])}))
 
     def adjoint(self, gradient: Vector, outward: Vector, states: list[State]) -> tuple[Vector, Vector, list[State]]:
         r"""Pull an adjoint of :math:`(\theta', s')` back through the step.

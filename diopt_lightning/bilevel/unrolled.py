@@ -2,7 +2,9 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diopt_lightning.bilevel.double_backward import DoubleBackward
 from diopt_lightning.bilevel.hypergradient import Hypergradient, HypergradientEstimator, check_finite, outer_gradients
@@ -41,8 +43,9 @@ class Unrolled(HypergradientEstimator):
     outer step are taken as if :math:`\phi` had been what it is now.
 
     Cost: one linearization and one product for each step, and ``steps`` copies of theta and the optimizer's state, made
-    while the inner steps run (:meth:`observe`); they are not part of a checkpoint. The right one for short inner loops
-    and for inner optimizers far from convergence.
+    while the inner steps run (:meth:`observe`); of these a checkpoint has those that later steps will still be
+    differentiated through, none at the end of a round of ``steps``. The right one for short inner loops and for inner
+    optimizers far from convergence.
 
     Args:
         steps: T, the last inner steps to differentiate. Default: 1, which is DARTS's and MAML's.
@@ -78,6 +81,11 @@ class Unrolled(HypergradientEstimator):
         """Whether inner parameters may be sharded; that is the product's matter."""
         return self.product.supports_sharding
 
+    @property
+    def remembers(self) -> int:  # type: ignore[override]
+        """The steps on record."""
+        return self.steps
+
     def __init__(self, steps: int = 1, product: Product | None = None) -> None:
         if steps < 1:
             raise ConfigurationError(f"`steps` must be 1 or more, got {steps}.")
@@ -89,6 +97,15 @@ class Unrolled(HypergradientEstimator):
         """Keep what the next step starts from; see :class:`HypergradientEstimator`."""
         step = InnerStep.next_of(problem.inner_optimizer, problem.inner_parameters, problem.inner_gradient_clip)
         self._records.append(Recorded(problem.inner_loss, step))
+
+    def memory(self, number: int) -> list[dict[str, Any]]:
+        """What the last steps started from; see :class:`HypergradientEstimator`."""
+        records = list(self._records)
+        return [record.step.saved() for record in records[len(records) - min(number, len(records)) :]]
+
+    def recall(self, memory: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
+        """Put steps on record again; see :class:`HypergradientEstimator`."""
+        self._records.extend(Recorded(loss, InnerStep.of(saved)) for saved, loss in zip(memory, losses, strict=True))
 
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
         """Differentiate through the recorded steps; see :class:`HypergradientEstimator`."""

@@ -173,7 +173,7 @@ class Rehearsal:
                 problem = replace(problem, inner_optimizer=later)
             observe(estimator, problem, live)
             clear_gradients(module)
-            number = (module._pairs.maxlen or 1) - 1
+            number = module.outer_accumulation - 1
             earlier = [torch.zeros_like(parameter) for parameter in problem.outer_parameters for _ in range(number)]
             with evaluation_mode(module):
                 estimator(marked(problem, live))

@@ -1,7 +1,6 @@
 """The alternation: K inner steps, then one outer step, for any inner and outer loss."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,6 +29,9 @@ from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.modules.strategies import check_strategy
 from diopt_lightning.modules.training import clip, constants, evaluation_mode
+from diopt_lightning.modules.unfinished import UnfinishedRound
+from diopt_lightning.processes import of_all_processes, of_this_process
+from diopt_lightning.random_numbers import drawing_from
 
 
 class BilevelModule(pl.LightningModule, ABC):
@@ -139,12 +141,13 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_gradient_clip = inner_gradient_clip
         self.outer_gradient_clip = outer_gradient_clip
         self.inner_accumulation = inner_accumulation
+        self.outer_accumulation = outer_accumulation
         self.micro_batches = micro_batches
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
-        self._inner_batches: deque[Any] = deque(maxlen=inner_accumulation)
-        self._pairs: deque[tuple[Any, Any]] = deque(maxlen=outer_accumulation)
+        self._round = UnfinishedRound(inner_accumulation, outer_accumulation, self.hypergradient.remembers)
+        self._memory: list[Any] = []
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:
@@ -170,8 +173,10 @@ class BilevelModule(pl.LightningModule, ABC):
             The ``inner_loss`` and, after an outer step, the ``outer_loss``, for callbacks.
         """
         inner_batch, outer_batch = self._levels(batch)
+        if self._round.restore(inner_batch, outer_batch, self.device):
+            self._go_on(outer_batch)
         inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
-        self._pairs.append((inner_batch, outer_batch))
+        self._round.pairs.append((inner_batch, outer_batch))
         if stepped and self.inner_steps_taken % self.inner_steps == 0:
             return {"inner_loss": inner_loss, "outer_loss": self._outer_step()}
         return {"inner_loss": inner_loss}
@@ -219,6 +224,11 @@ class BilevelModule(pl.LightningModule, ABC):
             # By way of the CPU: a broadcast tensor arrives on the device that it was sent from.
             parameter.data.copy_(self.trainer.strategy.broadcast(parameter.data.cpu()))
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Free gradients before validation, unless they are those of the batches of an unfinished inner step."""
+        if self.inner_batches_seen % self.inner_accumulation == 0:
+            super().on_validation_model_zero_grad()
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Keep the outer parameters out of DDP's reducer, which otherwise waits for their gradients in inner steps.
@@ -242,14 +252,17 @@ class BilevelModule(pl.LightningModule, ABC):
     def _inner_step(self, batch: Any, outer_batch: Any) -> tuple[Tensor, bool]:
         """Accumulate a gradient of the inner loss; return the loss and whether the optimizer took a step."""
         optimizer = self.optimizers()[0]  # type: ignore[index]
-        self._inner_batches.append(batch)
+        if self.inner_batches_seen % self.inner_accumulation == 0:
+            self._round.begin_step(self.device)
+        self._round.inner_batches.append(batch)
         self.inner_batches_seen += 1
         complete = self.inner_batches_seen % self.inner_accumulation == 0
         loss = self._accumulate(batch, complete)
         self.log("inner_loss", loss, prog_bar=True)
         if not complete:
             return loss, False
-        self.hypergradient.observe(self.problem(list(self._inner_batches), outer_batch))
+        self._round.steps.append(list(self._round.inner_batches))
+        self.hypergradient.observe(self.problem(list(self._round.inner_batches), outer_batch))
         norm = clip(self.inner_parameters(), self.inner_gradient_clip)
         self.log("inner_gradient_norm", norm)
         optimizer.step()
@@ -270,6 +283,22 @@ class BilevelModule(pl.LightningModule, ABC):
             total = total + loss.detach()
         return total
 
+    def _go_on(self, outer_batch: Any) -> None:
+        """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""
+        problems = [self.problem(batches, outer_batch) for batches in self._round.steps]
+        self.hypergradient.recall(self._memory, [problem.inner_loss for problem in problems])
+        self._memory = []
+        if not self._round.inner_batches:
+            return
+        assert self._round.random is not None
+        # As in a model's running means, which have seen these batches already.
+        buffers = [buffer.clone() for buffer in self.buffers()]
+        with drawing_from(self._round.random, self.device):
+            for batch in self._round.inner_batches:
+                self._accumulate(batch, complete=False)
+        for buffer, value in zip(self.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
     def _exchange(self, now: bool) -> AbstractContextManager[None]:
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not now else nullcontext()
@@ -279,8 +308,8 @@ class BilevelModule(pl.LightningModule, ABC):
         # The plain optimizer: a step of Lightning's wrapper would count in `trainer.global_step`.
         optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
         parameters = list(self.outer_parameters())
-        estimates = [self.estimate_hypergradient(*pair) for pair in self._pairs]
-        self._pairs.clear()
+        estimates = [self.estimate_hypergradient(*pair) for pair in self._round.pairs]
+        self._round.pairs.clear()
         gradient = estimates[0].gradient
         for estimate in estimates[1:]:
             gradient = add(gradient, estimate.gradient)
@@ -376,14 +405,23 @@ class BilevelModule(pl.LightningModule, ABC):
                 config.scheduler.step()  # type: ignore[call-arg]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the estimator's state."""
+        """Add the counters, the estimator's state and what will still be used of an unfinished round."""
         super().on_save_checkpoint(checkpoint)
+        steps_to_come = self.inner_steps - self.inner_steps_taken % self.inner_steps
+        accumulated = self.inner_batches_seen % self.inner_accumulation
+        pairs_to_come = steps_to_come * self.inner_accumulation - accumulated
+        remembered = max(0, self.hypergradient.remembers - steps_to_come)
+        memory = self.hypergradient.memory(remembered)
+        unfinished = self._round.state(accumulated, max(0, self.outer_accumulation - pairs_to_come), remembered)
         checkpoint["bilevel"] = {
             "inner_batches_seen": self.inner_batches_seen,
             "inner_steps_taken": self.inner_steps_taken,
             "outer_steps_taken": self.outer_steps_taken,
             "estimator": type(self.hypergradient).__name__,
             "hypergradient": self.hypergradient.state_dict(),
+            # Of a sharded model, each process remembers its own shards.
+            "memory": of_all_processes(memory) if any_sharded(self.inner_parameters()) else [memory],
+            "round": of_all_processes(unfinished),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -409,3 +447,6 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]
         self.hypergradient.load_state_dict(state["hypergradient"])
+        memories = state["memory"]
+        self._memory = (memories[0] if len(memories) == 1 else of_this_process(memories)) or []
+        self._round.load(of_this_process(state["round"]))
