@@ -98,6 +98,9 @@ class TrainSampler(DistributedSampler[list[Draw]]):
 class EvaluationSampler(DistributedSampler[list[Draw]]):
     """Every row once, longest first; rows are dealt to the processes in turn, without repeating any.
 
+    All processes have equally many batches where their rows suffice for that, because those that share a model run
+    together.
+
     Args:
         lengths: Length of each row.
         batch_size: Rows in a batch.
@@ -112,6 +115,8 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         mine = [(index, 0) for index in order[rank::num_replicas]]
         self.batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
+        if mine and len(self.batches) < -(-len(order[::num_replicas]) // batch_size):
+            self.batches[-1:] = [part for part in (self.batches[-1][:-1], self.batches[-1][-1:]) if part]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return iter(self.batches)

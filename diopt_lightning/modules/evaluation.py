@@ -1,9 +1,10 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -188,6 +189,30 @@ class InstructionEvaluation(pl.LightningModule):
         assert self.instruction is not None
         with gathered(self.backbone):
             return self.instruction.describe(self.data.tokenizer, self.backbone.embedding)
+
+    def on_validation_start(self) -> None:
+        """Check that processes that share a model can run together; so do the two that follow."""
+        self._check_batches(self.trainer.num_val_batches)
+
+    def on_test_start(self) -> None:
+        """Check the test tasks' batches."""
+        self._check_batches(self.trainer.num_test_batches)
+
+    def on_predict_start(self) -> None:
+        """Check the batches of prediction."""
+        self._check_batches(self.trainer.num_predict_batches)
+
+    def _check_batches(self, counts: Sequence[int | float]) -> None:
+        if sharding_mesh(self.trainer) is None:
+            return
+        own = torch.tensor(sum(counts), device=self.device)
+        everywhere = sorted(cast(Tensor, self.all_gather(own)).tolist())
+        if everywhere[0] != everywhere[-1]:
+            # They would wait for each other's part of the model forever.
+            raise ConfigurationError(
+                f"Processes that share a model have {everywhere} batches to evaluate, and must have "
+                "equally many: set `data.evaluation_batch_size` to 2 or more, and use no more GPUs than instances."
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of dev tasks, which select checkpoints."""

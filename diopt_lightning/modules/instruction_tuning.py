@@ -12,6 +12,7 @@ from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.modules.strategies import sharding_mesh
 
 
 class InstructionTuning(InstructionEvaluation):
@@ -84,10 +85,19 @@ class InstructionTuning(InstructionEvaluation):
             self.instruction.advance()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make one optimizer with a group of parameters for the model and one for the instruction."""
+        """Make one optimizer with a group of parameters for the model and one for the instruction.
+
+        Raises:
+            ConfigurationError: If the model is sharded over processes and the instruction has parameters.
+        """
         theta = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": theta}]
         if self.instruction is not None and list(self.instruction.parameters()):
+            if sharding_mesh(self.trainer) is not None:
+                raise ConfigurationError(
+                    f"{type(self.instruction).__name__} has parameters, whose gradients nothing averages over "
+                    "processes under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
+                )
             groups.append({"params": list(self.instruction.parameters()), "lr": self.instruction_lr})
         optimizer = self.optimizer(groups)
         if self.scheduler is None:
