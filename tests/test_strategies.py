@@ -261,7 +261,8 @@ def test_what_else_cannot_work_with_a_sharded_model_is_refused_by_name(blank_exe
             "`tensor_parallel_size` of 2 .* set `data_parallel_size` to 2 and `tensor_parallel_size` to 1",
             ModelParallelStrategy(),
         )
-        fit(optimization("embedder"), "`trainer.precision` is bf16-true.*use `32-true`", precision="bf16-true")
+        for half in ("bf16-true", "bf16-mixed"):
+            fit(optimization("embedder"), f"`trainer.precision` is {half}.*use `32-true`", precision=half)
         tuning = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), EmbedderDP(length=3))
         fit(tuning, "EmbedderDP has parameters, whose gradients nothing averages.*by `InstructionOptimization`")
 

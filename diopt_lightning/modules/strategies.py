@@ -56,11 +56,10 @@ def check_strategy(trainer: Trainer, estimator: HypergradientEstimator) -> None:
             f"{named(estimator)} cannot work under ModelParallelStrategy: a model that is sharded by FSDP2 has first "
             f"derivatives alone. Use {FIRST_ORDER}, or `ddp` where the model fits one GPU."
         )
-    if trainer.precision in ("bf16-true", "16-true"):
+    if trainer.precision in ("bf16-mixed", "bf16-true", "16-true"):
         raise ConfigurationError(
-            f"`trainer.precision` is {trainer.precision}, and {named(estimator)} takes differences of gradients, for "
-            "which parameters in half precision are too coarse: use `32-true` (frozen weights may be in `bfloat16` by "
-            "an adapter's `base_dtype`)."
+            f"`trainer.precision` is {trainer.precision}, and {named(estimator)} takes differences of gradients, of "
+            "which half precision leaves rounding error: use `32-true`, or `ddp` with exact products."
         )
 
 
