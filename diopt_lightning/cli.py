@@ -1,6 +1,7 @@
 """The command line: ``diopt fit | validate | test | predict``, and commands that train nothing."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,22 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
+from diopt_lightning.callbacks import (
+    Interruption,
+    LearnedInstructions,
+    OptimizerOptions,
+    RandomState,
+    Results,
+    UnfinishedValidation,
+)
+from diopt_lightning.callbacks.interruption import Interrupted
+from diopt_lightning.checkpoint_io import WholeCheckpoints
+from diopt_lightning.checkpoints import read_checkpoint
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.kept_config import KeptConfig
+from diopt_lightning.resuming import find, say
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
 # arguments are the command's, and its docstring is the help.
@@ -25,7 +39,7 @@ COMMANDS = {
 
 
 class DioptCLI(LightningCLI):
-    """LightningCLI with a test run after fitting, where asked for."""
+    """LightningCLI with a test run after fitting, where asked for, and runs that go on after an interruption."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the project's own arguments."""
@@ -36,8 +50,45 @@ class DioptCLI(LightningCLI):
             help="Run the test tasks with the final weights after fitting.",
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make a trainer, whose checkpoints are whole unless a plugin of the user's own writes them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is given; Lightning's own method puts what is in a checkpoint in its place."""
+
+    def before_fit(self) -> None:
+        """Find the checkpoint that is gone on from."""
+        self._find_checkpoint("fit")
+
+    def before_validate(self) -> None:
+        """Find the checkpoint."""
+        self._find_checkpoint("validate")
+
+    def before_test(self) -> None:
+        """Find the checkpoint."""
+        self._find_checkpoint("test")
+
+    def before_predict(self) -> None:
+        """Find the checkpoint."""
+        self._find_checkpoint("predict")
+
+    def _find_checkpoint(self, subcommand: str) -> None:
+        """Put a path in the place of ``last``, and refuse what is no checkpoint before anything is built."""
+        options = self.config_init[subcommand]
+        options["ckpt_path"] = find(options["ckpt_path"], Path(self.trainer.default_root_dir), subcommand == "fit")
+
     def after_fit(self) -> None:
-        """Run the test tasks if asked for."""
+        """Say if there was nothing left to do, and run the test tasks if asked for."""
+        given = self.config_init["fit"]["ckpt_path"]
+        if given and Path(given).is_file() and read_checkpoint(Path(given))["global_step"] == self.trainer.global_step:
+            say(
+                f"The run was finished already, at step {self.trainer.global_step}: raise `trainer.max_epochs` or "
+                "`trainer.max_steps` to go on with it."
+            )
         if self.config["fit"]["test_after_fit"] and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -68,6 +119,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def recorders() -> list[pl.Callback]:
+    """The callbacks of every run; the last one stops it, when the others have kept what they keep."""
+    kept = [RandomState(), OptimizerOptions(), UnfinishedValidation(), Results(), LearnedInstructions()]
+    return [*kept, Interruption()]
+
+
 def run(args: ArgsType = None) -> DioptCLI:
     """Parse arguments and run the subcommand.
 
@@ -78,7 +135,8 @@ def run(args: ArgsType = None) -> DioptCLI:
         **OPTIONS,
         parser_kwargs={"epilog": f"What trains nothing, each with its own --help: diopt {' | '.join(COMMANDS)}"},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [RandomState(), Results(), LearnedInstructions()]},
+        trainer_defaults={"callbacks": recorders()},
+        save_config_callback=KeptConfig,
         save_config_kwargs={"overwrite": True},
         args=args,
     )
@@ -126,7 +184,10 @@ def run_command(name: str, args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2."""
+    """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2.
+
+    A run that is stopped ends with the status that shells expect: 130 after Ctrl-C, and 143 after SIGTERM.
+    """
     # PyTorch's own deprecation, met by Lightning whenever it moves a batch.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Said where there are no dev tasks, as asked for.
@@ -137,6 +198,14 @@ def main(args: Sequence[str] | None = None) -> int:
             run_command(given[0], given[1:])
         else:
             run(list(args) if args is not None else None)
+    except Interrupted as stopped:
+        return int(stopped.code or 0)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # What Lightning makes of an interruption before there is something to save.
+        if not isinstance(stopped, KeyboardInterrupt) and not isinstance(stopped.__context__, KeyboardInterrupt):
+            raise
+        print("diopt: Stopped before there was anything to save.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ValueError as error:
         mistake = configuration_error(error)
         if mistake is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diopt_lightning.bilevel import Neumann, Unrolled
-from diopt_lightning.callbacks import RandomState
+from diopt_lightning.callbacks import RandomState, UnfinishedValidation
 from diopt_lightning.checkpoint_io import WholeCheckpoints
 from tests.helpers import quiet_trainer
 from tests.test_bilevel_module import HyperCleaning, loaders
@@ -60,6 +60,16 @@ class EveryBatch(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx}.ckpt")
 
 
+class Validations(pl.Callback):
+    """Notes after which training batch each validation batch was computed."""
+
+    def __init__(self, found: list[int]) -> None:
+        self.found = found
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.found.append(trainer.fit_loop.total_batch_idx)
+
+
 def fit(make: Any, *callbacks: Any, devices: int = 1, **options: Any) -> pl.LightningModule:
     module = make()
     rows = {level: Resumable(loader.dataset, 4) for level, loader in loaders().items()}
@@ -93,10 +103,14 @@ MODULES = {
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_a_checkpoint_after_any_batch_holds_all_of_an_unfinished_round(name, tmp_path):
-    whole = fit(MODULES[name], EveryBatch(tmp_path))
+    validated: dict[int, list[int]] = {-1: []}
+    whole = fit(MODULES[name], EveryBatch(tmp_path), UnfinishedValidation(), Validations(validated[-1]))
     batches = len(list(tmp_path.glob("*.ckpt")))
     assert batches == 24
     for number in range(batches):
-        resumed = fit(MODULES[name], ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
+        validated[number] = []
+        after = (UnfinishedValidation(), Validations(validated[number]))
+        resumed = fit(MODULES[name], *after, ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
+        assert validated[number] == [batch for batch in validated[-1] if batch >= number]
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), (number, key)
