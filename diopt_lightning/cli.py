@@ -192,6 +192,8 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Said where there are no dev tasks, as asked for.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    # Checkpoints are meant to have the model after the step that they are named after.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     given = list(args) if args is not None else sys.argv[1:]
     try:
         if given and given[0] in COMMANDS:

@@ -17,6 +17,7 @@ from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks, rea
 from diopt_lightning.data.tasks import Task, read_tasks
 from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, tokenize
+from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -306,6 +307,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             sampler=EvaluationSampler(rows["length"][:], self.evaluation_batch_size, replicas, rank),
             collate_fn=Collator(self.tokenizer.pad_token_id),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_main_process,
             pin_memory=self.pin_memory,
         )
 

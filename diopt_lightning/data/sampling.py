@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError
 
 Draw = tuple[int, int]
@@ -175,6 +176,7 @@ class ResumableDataLoader(DataLoader[Any]):
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_the_main_process,
         )
         self.handed_out = 0
 
