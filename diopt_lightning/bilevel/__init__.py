@@ -3,7 +3,7 @@
 from diopt_lightning.bilevel.chebyshev import Chebyshev
 from diopt_lightning.bilevel.checkpointing import checkpoint_activations
 from diopt_lightning.bilevel.conjugate_gradient import ConjugateGradient
-from diopt_lightning.bilevel.distributed import average_over_processes
+from diopt_lightning.bilevel.distributed import ProcessAverage, average_over_processes
 from diopt_lightning.bilevel.double_backward import DoubleBackward
 from diopt_lightning.bilevel.finite_difference import FiniteDifference
 from diopt_lightning.bilevel.gauss_newton import GaussNewton
@@ -46,6 +46,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "Penalty",
+    "ProcessAverage",
     "Product",
     "ReverseOverForward",
     "Spectrum",

@@ -21,14 +21,16 @@ from diopt_lightning.bilevel import (
     Hypergradient,
     HypergradientEstimator,
     MicroBatches,
-    average_over_processes,
+    ProcessAverage,
 )
+from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.bilevel.problem import Loss
 from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
 from diopt_lightning.modules.strategies import check_strategy
-from diopt_lightning.modules.training import clip, constants, evaluation_mode
+from diopt_lightning.modules.training import clip, constants, evaluation_mode, gradient_norm
 from diopt_lightning.modules.unfinished import UnfinishedRound
 from diopt_lightning.processes import of_all_processes, of_this_process
 from diopt_lightning.random_numbers import drawing_from
@@ -69,6 +71,7 @@ class BilevelModule(pl.LightningModule, ABC):
             round, so at most ``inner_steps * inner_accumulation``.
         micro_batches: Parts in which every batch of either level is computed, one at a time, to save memory; the values
             are those of whole batches. See :meth:`split_batch` and :meth:`batch_weight`. Default: 1.
+        skip_limit: Steps in a row that are skipped because a loss or a gradient is not finite, at which the run ends.
 
     Attributes:
         inner_batches_seen: Training batches so far.
@@ -109,6 +112,7 @@ class BilevelModule(pl.LightningModule, ABC):
         inner_accumulation: int = 1,
         outer_accumulation: int = 1,
         micro_batches: int = 1,
+        skip_limit: int = 10,
     ) -> None:
         super().__init__()
         for name, number in {
@@ -116,6 +120,7 @@ class BilevelModule(pl.LightningModule, ABC):
             "inner_accumulation": inner_accumulation,
             "outer_accumulation": outer_accumulation,
             "micro_batches": micro_batches,
+            "skip_limit": skip_limit,
         }.items():
             if number < 1:
                 raise ConfigurationError(f"`{name}` must be 1 or more, got {number}.")
@@ -148,6 +153,9 @@ class BilevelModule(pl.LightningModule, ABC):
         self.outer_steps_taken = 0
         self._round = UnfinishedRound(inner_accumulation, outer_accumulation, self.hypergradient.remembers)
         self._memory: list[Any] = []
+        self._average = ProcessAverage()
+        self._skipped = SkippedSteps(skip_limit)
+        self._outer_norms = OuterNorms()
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:
@@ -175,11 +183,14 @@ class BilevelModule(pl.LightningModule, ABC):
         inner_batch, outer_batch = self._levels(batch)
         if self._round.restore(inner_batch, outer_batch, self.device):
             self._go_on(outer_batch)
-        inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
         self._round.pairs.append((inner_batch, outer_batch))
+        inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
+        losses = {"inner_loss": inner_loss}
         if stepped and self.inner_steps_taken % self.inner_steps == 0:
-            return {"inner_loss": inner_loss, "outer_loss": self._outer_step()}
-        return {"inner_loss": inner_loss}
+            outer_loss = self._outer_step()
+            if outer_loss is not None:
+                losses["outer_loss"] = outer_loss
+        return losses
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make both optimizers and their schedulers; the inner level comes first.
@@ -261,27 +272,35 @@ class BilevelModule(pl.LightningModule, ABC):
         self.log("inner_loss", loss, prog_bar=True)
         if not complete:
             return loss, False
+        norm = gradient_norm(self.inner_parameters())
+        if not norm.isfinite():
+            optimizer.zero_grad()
+            self._round.forget_step()
+            self._skip("inner", f"the norm of the inner gradient is {norm.item()}.")
+            return loss, False
         self._round.steps.append(list(self._round.inner_batches))
         self.hypergradient.observe(self.problem(list(self._round.inner_batches), outer_batch))
-        norm = clip(self.inner_parameters(), self.inner_gradient_clip)
+        clip(self.inner_parameters(), norm, self.inner_gradient_clip)
         self.log("inner_gradient_norm", norm)
         optimizer.step()
         optimizer.zero_grad()
         self._advance_scheduler("inner")
         self.inner_steps_taken += 1
+        self._skipped.taken()
         return loss, True
 
     def _accumulate(self, batch: Any, complete: bool) -> Tensor:
         """Add the gradient of the inner loss, one micro-batch at a time, to that of the inner step; return the loss."""
-        parts = self._weighted_parts(batch)
+        parts, share = self._parts(batch), self._share(batch)
         total = torch.zeros((), device=self.device)
         for number, (part, weight) in enumerate(parts, start=1):
             # Processes exchange gradients once a step, with the last backward pass.
             with constants(self.outer_parameters()), self._exchange(complete and number == len(parts)):
-                loss = weight * self.inner_loss(part)
+                loss = share * weight * self.inner_loss(part)
                 self.manual_backward(loss / self.inner_accumulation)
             total = total + loss.detach()
-        return total
+        (mean,) = self._average([total])
+        return mean
 
     def _go_on(self, outer_batch: Any) -> None:
         """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""
@@ -303,26 +322,48 @@ class BilevelModule(pl.LightningModule, ABC):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not now else nullcontext()
 
-    def _outer_step(self) -> Tensor:
-        """Move the outer parameters along the hypergradient of the last pairs of batches; return the outer loss."""
+    def _skip(self, level: str, why: str) -> None:
+        self._skipped.skip(level, why, self.trainer)
+        self.log(f"skipped_{level}_steps", float(self._skipped.total[level]))
+
+    def _outer_step(self) -> Tensor | None:
+        """Move the outer parameters along the hypergradient of the last pairs of batches.
+
+        Returns:
+            The outer loss; ``None`` where something was not finite, and no step was taken.
+        """
         # The plain optimizer: a step of Lightning's wrapper would count in `trainer.global_step`.
         optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
         parameters = list(self.outer_parameters())
-        estimates = [self.estimate_hypergradient(*pair) for pair in self._round.pairs]
+        pairs, sent = list(self._round.pairs), self._average.bytes
         self._round.pairs.clear()
+        try:
+            estimates = [self.estimate_hypergradient(*pair) for pair in pairs]
+        except FloatingPointError as error:
+            self._skip("outer", str(error))
+            return None
         gradient = estimates[0].gradient
         for estimate in estimates[1:]:
             gradient = add(gradient, estimate.gradient)
         for parameter, entry in zip(parameters, scale(gradient, 1 / len(estimates)), strict=True):
             parameter.grad = entry.to(parameter.dtype)
-        norm = clip(parameters, self.outer_gradient_clip)
+        norm = gradient_norm(parameters)
+        if not norm.isfinite():
+            optimizer.zero_grad()
+            self._skip("outer", f"the norm of the hypergradient is {norm.item()}.")
+            return None
+        self._outer_norms.see(norm.item())
+        clip(parameters, norm, self.outer_gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         self._advance_scheduler("outer")
         self.outer_steps_taken += 1
+        self._skipped.taken()
         self.on_outer_step_end()
-        loss = torch.stack([estimate.outer_loss for estimate in estimates]).mean()
+        (loss,) = self._average([torch.stack([estimate.outer_loss for estimate in estimates]).mean()])
         self.log("outer_loss", loss, prog_bar=True)
+        if self.trainer.world_size > 1:
+            self.log("hypergradient/bytes", float(self._average.bytes - sent))
         self.log("hypergradient/norm", norm)
         for name in sorted(set[str]().union(*(estimate.statistics for estimate in estimates))):
             values = [estimate.statistics[name] for estimate in estimates if name in estimate.statistics]
@@ -348,30 +389,41 @@ class BilevelModule(pl.LightningModule, ABC):
             outer_loss=self._in_parts(self.outer_loss, [outer_batch]),
             inner_parameters=self.inner_parameters(),
             outer_parameters=self.outer_parameters(),
-            average=average_over_processes,
+            average=self._average,
             inner_optimizer=self.optimizers(use_pl_optimizer=False)[0] if attached else None,  # type: ignore[index]
             inner_gradient_clip=self.inner_gradient_clip,
         )
 
     def _in_parts(self, loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> Loss | MicroBatches:
         """The mean of a loss over batches, each computed in micro-batches."""
-        if len(batches) == 1 and self.micro_batches == 1:
-            return partial(loss, batches[0])
         parts: list[Loss] = []
         weights: list[float] = []
         for batch in batches:
-            for part, weight in self._weighted_parts(batch):
-                parts.append(partial(loss, part))
+            share = self._share(batch)
+            for part, weight in self._parts(batch):
+                parts.append(partial(scaled, loss, part, share))
                 weights.append(weight)
-        return MicroBatches(parts, weights)
+        return parts[0] if len(parts) == 1 else MicroBatches(parts, weights)
 
-    def _weighted_parts(self, batch: Any) -> list[tuple[Any, float]]:
+    def _parts(self, batch: Any) -> list[tuple[Any, float]]:
         """The micro-batches of a batch, and what share of its loss each is; the shares sum to one."""
         if self.micro_batches == 1:
             return [(batch, 1.0)]
         parts = self.split_batch(batch, self.micro_batches)
         sizes = [self.batch_weight(part) for part in parts]
         return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
+
+    def _share(self, batch: Any) -> float:
+        """What a batch counts among those of all processes, one on average.
+
+        Processes are averaged, and their losses are means over unequal numbers (of target tokens, say): weighted so,
+        the average is the loss of the global batch.
+        """
+        if not several_processes():
+            return 1.0
+        weight = torch.tensor([self.batch_weight(batch)], device=self.device)
+        (mean,) = self._average([weight])
+        return (weight / mean).item()
 
     def split_batch(self, batch: Any, parts: int) -> list[Any]:
         """Split a batch into at most so many parts, each a batch; override it for batches of another make.
@@ -396,8 +448,12 @@ class BilevelModule(pl.LightningModule, ABC):
         ]
 
     def batch_weight(self, batch: Any) -> float:
-        """What a loss of the batch is the mean over; override it where that is not rows. Default: rows."""
-        return float(next(len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)))
+        """What a loss of the batch is the mean over; override it where that is not rows. Default: rows.
+
+        It weighs micro-batches, and the batches of processes where they differ.
+        """
+        rows = (len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() > 0)
+        return float(next(rows, 1))
 
     def _advance_scheduler(self, level: str) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -419,6 +475,7 @@ class BilevelModule(pl.LightningModule, ABC):
             "outer_steps_taken": self.outer_steps_taken,
             "estimator": type(self.hypergradient).__name__,
             "hypergradient": self.hypergradient.state_dict(),
+            "skipped": {"total": dict(self._skipped.total), "in_a_row": self._skipped.in_a_row},
             # Of a sharded model, each process remembers its own shards.
             "memory": of_all_processes(memory) if any_sharded(self.inner_parameters()) else [memory],
             "round": of_all_processes(unfinished),
@@ -447,6 +504,12 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]
         self.hypergradient.load_state_dict(state["hypergradient"])
+        self._skipped.total, self._skipped.in_a_row = dict(state["skipped"]["total"]), state["skipped"]["in_a_row"]
         memories = state["memory"]
         self._memory = (memories[0] if len(memories) == 1 else of_this_process(memories)) or []
         self._round.load(of_this_process(state["round"]))
+
+
+def scaled(loss: Callable[[Any], Tensor], batch: Any, factor: float) -> Tensor:
+    """A multiple of the loss of a batch; the loss itself where the factor is one, whatever it is."""
+    return loss(batch) if factor == 1.0 else factor * loss(batch)

@@ -42,6 +42,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step.
         micro_batches: Parts in which every batch of either level is computed, one at a time, to save memory.
+        skip_limit: Steps in a row that are skipped because a loss or a gradient is not finite, at which the run ends.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
         instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
@@ -74,6 +75,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         inner_accumulation: int = 1,
         outer_accumulation: int = 1,
         micro_batches: int = 1,
+        skip_limit: int = 10,
         max_new_tokens: int = 128,
         instructed_evaluation: bool = False,
     ) -> None:
@@ -89,6 +91,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
             inner_accumulation=inner_accumulation,
             outer_accumulation=outer_accumulation,
             micro_batches=micro_batches,
+            skip_limit=skip_limit,
         )
         if max_new_tokens < 1:
             raise ConfigurationError(f"`max_new_tokens` must be 1 or more, got {max_new_tokens}.")

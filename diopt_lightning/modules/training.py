@@ -35,19 +35,24 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale gradients to a norm of at most ``limit``, and return the norm before that.
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients, a scalar."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return norm(gradients) if any_sharded(gradients) else nn.utils.get_total_norm(gradients)
 
-    Raises:
-        RuntimeError: If the norm is not finite: a step along it would destroy the parameters.
+
+def clip(parameters: Sequence[nn.Parameter], size: Tensor, limit: float | None) -> None:
+    """Scale gradients to a norm of at most ``limit``.
+
+    Args:
+        parameters: Their gradients are scaled in place.
+        size: The norm of the gradients, a finite scalar; see :func:`gradient_norm`.
+        limit: ``None`` for no limit.
     """
-    largest = limit if limit is not None else float("inf")
+    if limit is None:
+        return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any_sharded(gradients):
-        return nn.utils.clip_grad_norm_(parameters, max_norm=largest, error_if_nonfinite=True)
-    size = norm(gradients)
-    if not size.isfinite():
-        raise RuntimeError(f"The norm of the gradient is not finite ({size.item()}), so it cannot be clipped.")
-    factor = (largest / (size + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(shards(gradients), factor)
-    return size
+        nn.utils.clip_grads_with_norm_(parameters, limit, size)
+        return
+    torch._foreach_mul_(shards(gradients), (limit / (size + 1e-6)).clamp(max=1.0))

@@ -44,6 +44,12 @@ class UnfinishedRound:
         if self.inner_batches.maxlen != 1:
             self.random = present(device)
 
+    def forget_step(self) -> None:
+        """Drop the batches and pairs of an inner step that is not taken."""
+        for _ in range(min(len(self.inner_batches), len(self.pairs))):
+            self.pairs.pop()
+        self.inner_batches.clear()
+
     def state(self, accumulated: int, pairs: int, remembered: int) -> dict[str, Any]:
         """Return plain data of so many of the last batches, pairs and steps, of this process."""
         return {
