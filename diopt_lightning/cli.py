@@ -26,7 +26,7 @@ from diopt_lightning.callbacks import (
 from diopt_lightning.callbacks.interruption import Interrupted
 from diopt_lightning.checkpoint_io import WholeCheckpoints
 from diopt_lightning.checkpoints import read_checkpoint
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, TrainingError
 from diopt_lightning.kept_config import KeptConfig
 from diopt_lightning.resuming import find, say
 
@@ -186,7 +186,8 @@ def run_command(name: str, args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``diopt``; what a user can mend ends with one line on the standard error and exit status 2.
 
-    A run that is stopped ends with the status that shells expect: 130 after Ctrl-C, and 143 after SIGTERM.
+    A run that cannot go on ends with one line too, and status 1. A run that is stopped ends with the status that shells
+    expect: 130 after Ctrl-C, and 143 after SIGTERM.
     """
     # PyTorch's own deprecation, met by Lightning whenever it moves a batch.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -208,6 +209,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print("diopt: Stopped before there was anything to save.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except TrainingError as error:
+        print(f"diopt: error: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         mistake = configuration_error(error)
         if mistake is None:
