@@ -1,16 +1,28 @@
 """Processes that fetch batches ahead."""
 
+import os
 import signal
+import threading
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
     """Let a worker outlive Ctrl-C and SIGTERM, which reach it too where they are sent to all processes of a job.
 
-    Otherwise the main process would fail for want of its workers before it has written a checkpoint; workers end when
-    it does.
+    Otherwise the main process would fail for want of its workers before it has written a checkpoint. It still ends them
+    by SIGTERM itself.
 
     Args:
         worker: The worker's number, which PyTorch gives to such functions.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        # Threads that are started later inherit the mask, so that only the one that waits gets the signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_if_the_main_process_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def end_if_the_main_process_says_so(main: int) -> None:
+    """Wait for SIGTERM, and end if it comes from a process."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
