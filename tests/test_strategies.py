@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import LoRA, RandomCausal, RandomSeq2Seq
+from diopt_lightning.backbones.sharding import shard
 from diopt_lightning.bilevel import (
     SAMA,
     Chebyshev,
@@ -282,3 +283,9 @@ def test_sharded_outer_parameters_are_refused():
             sharding_trainer(max_steps=1).fit(AllSharded(hypergradient=SAMA()), loaders())
 
     on_two_processes(work)
+
+
+def test_a_compiled_model_that_is_to_be_shared_is_refused():
+    backbone = RandomCausal(dict(FAMILIES["llama"]), compile=True)
+    with pytest.raises(ConfigurationError, match="`compile` is true, and a compiled model"):
+        shard(backbone, None)

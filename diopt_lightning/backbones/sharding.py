@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from diopt_lightning.backbones.base import Backbone
 from diopt_lightning.backbones.inner_parameters import transformer_layers
 from diopt_lightning.bilevel.sharding import is_sharded
+from diopt_lightning.errors import ConfigurationError
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
@@ -21,7 +22,15 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     Args:
         backbone: The backbone, which has been built. All processes get the weights of the first.
         mesh: The processes.
+
+    Raises:
+        ConfigurationError: If the backbone is compiled.
     """
+    if getattr(backbone, "compile_model", False):
+        raise ConfigurationError(
+            "`compile` is true, and a compiled model has not been made to work under ModelParallelStrategy (FSDP2): set "
+            "it to false, or use `ddp` where the model fits one GPU."
+        )
     for module in (*transformer_layers(backbone), backbone):
         # Layer by layer, so that no device ever holds the whole model.
         for tensor in (*module.parameters(), *module.buffers()):
