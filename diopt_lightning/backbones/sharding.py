@@ -28,8 +28,8 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     """
     if getattr(backbone, "compile_model", False):
         raise ConfigurationError(
-            "`compile` is true, and a compiled model has not been made to work under ModelParallelStrategy (FSDP2): set "
-            "it to false, or use `ddp` where the model fits one GPU."
+            "`compile` is true, and a compiled model has not been made to work under ModelParallelStrategy (FSDP2): "
+            "set it to false, or use `ddp` where the model fits one GPU."
         )
     for module in (*transformer_layers(backbone), backbone):
         # Layer by layer, so that no device ever holds the whole model.

@@ -1,8 +1,8 @@
 """What processes exchange for one outer step, by estimator: ``python -m tests.benchmarks.traffic``.
 
 Every vector that is averaged over processes is counted, in units of the inner parameters theta and of the outer ones
-phi. A vector is exchanged in float32 at least. The first outer step is told from later ones, because some estimators find
-the spectrum of the Hessian in the first of every 50.
+phi. A vector is exchanged in float32 at least. The first outer step is told from later ones, because some estimators
+find the spectrum of the Hessian in the first of every 50.
 """
 
 import warnings
