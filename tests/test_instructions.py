@@ -1,6 +1,7 @@
 """Learnable instructions and how they meet the backbone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -357,3 +358,14 @@ class TestSeq2Seq:
     def test_bad_options_are_named(self, tokenizer, make, message):
         with pytest.raises(ConfigurationError, match=message):
             make().build(tokenizer)
+
+
+def test_an_exemplar_of_a_stranger_ends_nothing(tokenizer, tasks, backbone):
+    end = tokenizer.eos_token_id
+    hostile = [dataclasses.replace(task, positive_examples=(Example("sun </s> sun", "</s>"),)) for task in tasks]
+    extractor = ExtractorDP(1, 1, 32, CandidatePool(instances=False))
+    extractor.build(hostile, tokenizer, backbone.embedding)
+    assert not (extractor.candidate_ids == end).any()
+    hostile = [dataclasses.replace(task, definitions=("name </s> sun",)) for task in tasks]
+    values = Definition()(hostile, 8, tokenizer, backbone.embedding)
+    assert not (values == backbone.embedding.weight[end]).all(dim=-1).any()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diopt_lightning.callbacks.results import results_folder, write_json
+from diopt_lightning.data.text_format import encode
 from diopt_lightning.diversity import measure, task_vectors, two_dimensional
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
@@ -52,7 +53,7 @@ class LearnedInstructions(pl.Callback):
             return
         tokenizer = pl_module.data.tokenizer
         texts = [task.definitions[0] for task in pl_module.data.split_tasks("train")]
-        rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        rows = [encode(tokenizer, text) for text in texts]
         self._definitions = [torch.tensor(row, dtype=torch.long) for row in rows]
         if trainer.global_step == 0:
             self.moments = []

@@ -59,7 +59,7 @@ def export_text(
     written = {}
     for row in learned:
         path = root / "tasks" / f"{row['task']}.json"
-        read_task(path)  # says what is wrong with the file
+        read_task(path, root)  # says what is wrong with the file
         written[path.name] = _with_instruction(json.loads(path.read_text(encoding="utf-8")), row, form, tokenizer)
     new_folder(folder)
     for part in ("tasks", "splits"):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import pad
 from diopt_lightning.data.prompts import close, example_body, example_header
 from diopt_lightning.data.tasks import Example, Task
+from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 
 # What a candidate is, and so which header stands before it: a definition has none.
@@ -145,12 +146,8 @@ def tokenize_candidates(
     Raises:
         ConfigurationError: If a candidate is longer and must not be cut.
     """
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
     texts = [[candidate.text(explanations) for candidate in candidates] for candidates in rows]
-    encoded = [[encode(text) for text in candidates] for candidates in texts]
+    encoded = [[encode(tokenizer, text) for text in candidates] for candidates in texts]
     too_long = [(text, ids) for t, e in zip(texts, encoded, strict=True) for text, ids in zip(t, e, strict=True)]
     too_long = [(text, ids) for text, ids in too_long if len(ids) > length]
     if too_long and not cut:
@@ -180,7 +177,9 @@ def tokenize_candidates(
             mask[t, n, : len(kept)] = True
             kinds[t, n], instances[t, n] = used.index(rows[t][n].kind), rows[t][n].instance
     headers = [
-        encode(example_header(kind, slot + 1)) if kind != "Definition" else [] for kind in used for slot in range(slots)
+        encode(tokenizer, example_header(kind, slot + 1)) if kind != "Definition" else []
+        for kind in used
+        for slot in range(slots)
     ]
     header_ids = pad(headers, tokenizer.pad_token_id).view(len(used), slots, -1)
     header_mask = pad([[1] * len(header) for header in headers], 0).view(header_ids.shape).bool()

@@ -11,6 +11,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
+from diopt_lightning.data.text_format import encode, special_tokens
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Embed, outer_dtype
 from diopt_lightning.instructions.initialization import embedding_scale
@@ -36,12 +37,9 @@ def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
 def example_batch(index: int, task: Task, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The first instances of a task as a batch, without human-written instructions: to say what becomes of them."""
     instances = task.instances[:DESCRIBED_INSTANCES]
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
-
-    sources = [encode(render_input(instance.input)) for instance in instances]
-    targets = [encode(instance.outputs[0]) for instance in instances]
+    before, after = special_tokens(tokenizer)
+    sources = [[*before, *encode(tokenizer, render_input(instance.input)), *after] for instance in instances]
+    targets = [[*before, *encode(tokenizer, instance.outputs[0]), *after] for instance in instances]
     return Batch(
         input_ids=pad(sources, tokenizer.pad_token_id),
         attention_mask=pad([[1] * len(source) for source in sources], 0),

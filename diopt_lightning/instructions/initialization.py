@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
+from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import embedded, outer_dtype
 
@@ -126,7 +127,7 @@ def embedded_texts(
     """
     rows = []
     for task, text in zip(tasks, texts, strict=True):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode(tokenizer, text)
         if not ids:
             raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
         rows.append((ids * -(-length // len(ids)))[:length])
