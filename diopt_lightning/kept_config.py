@@ -1,6 +1,7 @@
 """The configuration of a run in its checkpoints."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +25,7 @@ class KeptConfig(SaveConfigCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the configuration."""
-        checkpoint["config"] = self.plain()
+        checkpoint["config"] = self.plain
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -32,11 +33,12 @@ class KeptConfig(SaveConfigCallback):
         """Say what differs."""
         if trainer.state.fn != "fit":
             return
-        saved, given = (dict(entries(config)) for config in (checkpoint.get("config", {}), self.plain()))
+        saved, given = (dict(entries(config)) for config in (checkpoint.get("config", {}), self.plain))
         for name in [*given, *(saved.keys() - given.keys())] if saved else []:
             if saved.get(name) != given.get(name):
                 say(f"`{name}` is {given.get(name)} and was {saved.get(name)} in the checkpoint: it is changed.")
 
+    @cached_property
     def plain(self) -> dict[str, Any]:
         """The configuration as plain data."""
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
