@@ -75,6 +75,11 @@ def optimization(instruction: Instruction) -> InstructionOptimization:
     )
 
 
+def optimization_to_pickle() -> InstructionOptimization:
+    """A module that another interpreter can be given, with the default optimizers."""
+    return InstructionOptimization(RandomSeq2Seq(dict(TINY_T5)), EmbedderDP(length=3), max_new_tokens=3)
+
+
 def moved(module: pl.LightningModule, experiment: BlankExemplars, root: Path, steps: int = 4) -> dict[str, float]:
     """Train a little; return how far each part of the module has moved."""
     before: dict[str, torch.Tensor] = {}
@@ -214,6 +219,20 @@ def test_every_form_trains_on_two_processes(form, blank_exemplars, tmp_path):
     quiet_trainer(
         max_steps=4, devices=2, strategy="ddp_fork", limit_val_batches=0, callbacks=[EqualOnAllProcesses()]
     ).fit(optimization(LEARNABLE[form]()), data(blank_exemplars, tmp_path))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_what_other_processes_trained_comes_back_to_a_script(strategy, blank_exemplars, tmp_path):
+    torch.manual_seed(0)
+    module, tasks = optimization_to_pickle(), data(blank_exemplars, tmp_path)
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    quiet_trainer(
+        max_steps=4, devices=2, strategy=strategy, limit_val_batches=0, enable_checkpointing=True, callbacks=[saving]
+    ).fit(module, tasks)
+    quiet_trainer().test(module, tasks, verbose=False)  # makes the model in this process
+    saved = torch.load(tmp_path / "saved" / "step=4.ckpt", weights_only=True)["state_dict"]
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, saved[name]) if isinstance(value, torch.Tensor) else True, name
 
 
 def test_unseen_tasks_are_given_what_an_instance_is_converted_to_where_asked_for(blank_exemplars, tmp_path):

@@ -139,8 +139,8 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_steps = inner_steps
         # Not defaults in the signature: from there the parser would carry AdamW's weight decay over to an Adam that a
         # configuration names instead.
-        self.inner_optimizer = inner_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
-        self.outer_optimizer = outer_optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+        self.inner_optimizer = inner_optimizer or partial(torch.optim.AdamW, lr=1e-5)
+        self.outer_optimizer = outer_optimizer or partial(torch.optim.Adam, lr=1e-2)
         self.inner_scheduler = inner_scheduler
         self.outer_scheduler = outer_scheduler
         self.inner_gradient_clip = inner_gradient_clip

@@ -1,11 +1,12 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 from torchmetrics import MetricCollection
 
 from diopt_lightning.backbones import Backbone
@@ -52,6 +53,7 @@ class InstructionEvaluation(pl.LightningModule):
     max_new_tokens: int
     instructed_evaluation: bool
     scores: dict[str, dict[str, float]]
+    _returned: Mapping[str, Any] | None = None
 
     @property
     def instruction_length(self) -> int:
@@ -103,6 +105,19 @@ class InstructionEvaluation(pl.LightningModule):
             if categories:
                 setattr(self, f"{stage}_metrics", Metrics(categories))
         self.scores = {}
+        if self._returned is not None:
+            self.load_state_dict(self._returned)
+            self._returned = None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; where there is no model yet, keep them for when it is made.
+
+        ``ddp_spawn`` and ``ddp_fork`` make and train it in other processes, and return its weights to this one.
+        """
+        if hasattr(self, "scores"):
+            return super().load_state_dict(state_dict, strict, assign)
+        self._returned = state_dict
+        return _IncompatibleKeys([], [])
 
     def _check_unseen(self, unseen: Sequence[Task]) -> None:
         if unseen and self.instruction is not None and not self.instruction.works_on_unseen_tasks:

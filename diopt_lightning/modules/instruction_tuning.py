@@ -1,5 +1,6 @@
 """Instruction tuning: the baselines."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class InstructionTuning(InstructionEvaluation):
         self.backbone = backbone
         self.instruction = instruction
         # Not a default in the signature, for the reason given in BilevelModule.
-        self.optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-5))
+        self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
         self.max_new_tokens = max_new_tokens
