@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -135,6 +136,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self._tasks: dict[str, Task] = {}
         self._splits: TaskSplits | None = None
         self._rows: dict[str, Dataset] = {}
+        self._positions: dict[str, dict[str, int]] = {}
+        self._train_loaders: dict[str, ResumableDataLoader] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -174,13 +177,29 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             if split not in self._rows and getattr(self.splits, split):
                 self._rows[split] = self._tokenize(split)
 
-    def train_dataloader(self) -> dict[str, DataLoader[Any]]:
+    def train_dataloader(self) -> dict[str, ResumableDataLoader]:
         """Endless streams of both levels; an epoch is one pass over the instances of the train tasks."""
         inner = self._train_loader("train", self.batch_size, None)
-        loaders: dict[str, DataLoader[Any]] = {"inner": inner}
+        loaders = {"inner": inner}
         if self.splits.validation:
             loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner))
+        for level in self._positions.keys() & loaders.keys():
+            loaders[level].load_state_dict(self._positions[level])
+        self._positions, self._train_loaders = {}, loaders
         return loaders
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the positions in both streams.
+
+        Lightning keeps those of loaders too, and restores them in the middle of an epoch alone: after a checkpoint of
+        the end of an epoch, a resumed run would be given the batches of the first one again.
+        """
+        return {level: loader.state_dict() for level, loader in self._train_loaders.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep positions for the loaders of a resumed run."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._positions = state_dict
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The dev tasks, or nothing if there are none."""
