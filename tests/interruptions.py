@@ -1,0 +1,102 @@
+"""Runs of the command line in forked processes, which need not import anything again, to be stopped at any moment."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diopt_lightning.cli import main
+
+FORK = get_context("fork")
+
+
+class Run:
+    """A run of ``diopt`` on one or two processes, in a process group of its own.
+
+    Args:
+        arguments: Those of the command line.
+        folder: Where what the run says and the numbers of its processes are kept.
+        processes: How many.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, processes: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.said = folder / "said.txt"
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self._places = [folder / f"{rank}.pid" for rank in range(processes)]
+        for place in self._places:
+            place.unlink(missing_ok=True)
+        self._leader: Any = FORK.Process(target=lead, args=(list(arguments), self.said, self._places, port))
+        self._leader.start()
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 120.0, pause: float = 0.002) -> bool:
+        """Wait for something; return whether it happened before the run ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._leader.is_alive():
+            if happened():
+                return True
+            time.sleep(pause)
+        assert time.monotonic() < end, self.said.read_text()
+        return False
+
+    def kill(self) -> None:
+        """End all processes of the run as a power cut would."""
+        if self._leader.is_alive():
+            os.killpg(self._leader.pid, signal.SIGKILL)
+        self._leader.join()
+
+    def send(self, number: int, ranks: Sequence[int] = (0,)) -> None:
+        """Send a signal to some of the processes."""
+        for rank in ranks:
+            os.kill(int(self._places[rank].read_text()), number)
+
+    def send_all(self, number: int) -> None:
+        """Send a signal to all processes of the run, workers included."""
+        os.killpg(self._leader.pid, number)
+
+    def status(self, seconds: float = 180.0) -> int:
+        """Wait for the end, and return the exit status of the first process."""
+        self._leader.join(seconds)
+        if self._leader.is_alive():
+            self.kill()
+            raise AssertionError(f"The run did not end: {self.said.read_text()}")
+        code: int = self._leader.exitcode
+        return code
+
+
+def lead(arguments: list[str], said: Path, places: list[Path], port: int) -> None:
+    """Start the processes of a run, and end with the status of the first."""
+    os.setpgid(0, 0)
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if len(places) == 1:
+        take_part(arguments, 0, places, port)
+    ranks = [FORK.Process(target=take_part, args=(arguments, rank, places, port)) for rank in range(len(places))]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(ranks[0].exitcode)
+
+
+def take_part(arguments: list[str], rank: int, places: list[Path], port: int) -> None:
+    """Run the command line as one of several processes, as Lightning would have started it."""
+    torch.set_num_threads(1)
+    sys.argv = ["diopt", *arguments]
+    if len(places) > 1:
+        found = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": len(places), "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="localhost")
+    places[rank].write_text(str(os.getpid()))
+    sys.exit(main())

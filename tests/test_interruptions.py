@@ -1,0 +1,237 @@
+"""Runs of the command line that are killed or told to stop, and go on bitwise."""
+
+import json
+import random
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten_with_path
+
+from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.cli import main
+from diopt_lightning.resuming import newest
+from tests.interruptions import Run
+from tests.test_cli import small_run
+
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+EVERY_TWO = {"class_path": CHECKPOINT, "init_args": {"every_n_train_steps": 2, "save_last": True}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _import_everything_once(tmp_path_factory) -> None:
+    """Forked processes have what this one has imported."""
+    root = tmp_path_factory.mktemp("first")
+    assert main([*command(root), "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]) == 0
+
+
+def command(root: Path, processes: int = 1, workers: int = 0) -> list[str]:
+    """A small run that draws random numbers, accumulates at both levels, and saves after every second step."""
+    several = ["--trainer.strategy=ddp"] if processes > 1 else []
+    return [
+        "fit",
+        *small_run(root),
+        *several,
+        "--model.backbone.config.dropout_rate=0.1",
+        "--model.inner_accumulation=2",
+        "--model.outer_accumulation=2",
+        "--model.max_new_tokens=2",
+        f"--data.num_workers={workers}",
+        "--test_after_fit=false",
+        "--trainer.max_epochs=4",
+        f"--trainer.devices={processes}",
+        f"--trainer.callbacks={json.dumps([EVERY_TWO, {'class_path': CHECKPOINT}])}",
+    ]
+
+
+def final(root: Path) -> dict[str, Any]:
+    """What a run has come to."""
+    path = newest(root, training=True)
+    assert path is not None
+    return read_checkpoint(path)
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Check that two runs have come to the same."""
+    parts = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "bilevel")
+    (values, structure), (wanted, structure_wanted) = (
+        tree_flatten_with_path([c[part] for part in parts]) for c in (found, expected)
+    )
+    assert structure == structure_wanted
+    for (path, value), (_, other) in zip(values, wanted, strict=True):
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, path
+
+
+def checkpoints(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*.ckpt") if not path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Callable[[int], tuple[dict[str, Any], float]]:
+    """What a run on so many processes comes to, and how long it takes from its first checkpoint on."""
+
+    @cache
+    def whole(processes: int) -> tuple[dict[str, Any], float]:
+        root = tmp_path_factory.mktemp("whole")
+        run = Run(command(root, processes), root, processes)
+        run.wait_until(lambda: bool(checkpoints(root)))
+        begin = time.monotonic()
+        assert run.status() == 0, run.said.read_text()
+        return final(root), time.monotonic() - begin
+
+    return whole
+
+
+def survive(root: Path, whole: tuple[dict[str, Any], float], processes: int, points: int, seed: int) -> int:
+    """Kill runs at random moments, let them go on, and return how many end as the one that was never interrupted."""
+    draw, equal = random.Random(seed), 0
+    expected, duration = whole
+    for number in range(points):
+        workers, place = (0, 2)[number % 2], root / str(number)
+        run = Run(command(place, processes, workers), place / "said", processes)
+        run.wait_until(lambda place=place: bool(checkpoints(place)))
+        time.sleep(draw.random() * 0.8 * duration)  # a run that has ended is drawing its pictures
+        while_writing = number % 4 > 1
+        if while_writing:
+            run.wait_until(lambda place=place: any(place.rglob("*.part")), pause=0.0)
+        run.kill()
+        for path in checkpoints(place):
+            read_checkpoint(path)
+        parts = len(list(place.rglob("*.part")))
+        step = final(place)["global_step"]
+        again = Run([*command(place, processes, workers), "--ckpt_path=last"], place / "said", processes)
+        assert again.status() == 0, again.said.read_text()
+        assert_equal(final(place), expected)
+        equal += 1
+        print(f"killed after step {step}{', while writing' * bool(parts)}, {workers} workers: bitwise equal")
+    print(f"{processes} process(es): {equal} of {points}")
+    return equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_twenty_random_moments(processes, uninterrupted, tmp_path):
+    assert survive(tmp_path, uninterrupted(processes), processes, points=20, seed=processes) == 20
+
+
+@pytest.mark.parametrize(("processes", "points"), [(1, 2), (2, 2)])
+def test_killed_at_a_few_random_moments(processes, points, uninterrupted, tmp_path):
+    assert survive(tmp_path, uninterrupted(processes), processes, points, seed=0) == points
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "ranks"),
+    [(signal.SIGTERM, 1, [0]), (signal.SIGINT, 1, [0]), (signal.SIGTERM, 2, [1]), (signal.SIGINT, 2, [0, 1])],
+)
+def test_told_to_stop(number, processes, ranks, uninterrupted, tmp_path):
+    workers = 2 * (number == signal.SIGINT)
+    root = tmp_path / "stopped"
+    run = Run(command(root, processes, workers), root, processes)
+    assert run.wait_until(lambda: bool(checkpoints(root)))
+    run.send(number, ranks)
+    assert run.status() == 128 + number, run.said.read_text()
+    said = run.said.read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("Stopped by")]
+    assert line.startswith(f"Stopped by {number.name} at step ")
+    assert "Traceback" not in said
+    (saved,) = [path for path in checkpoints(root) if path.name.startswith("interrupted-")]
+    assert newest(root, training=True) == saved
+    going_on = shlex.split(line.split("To go on: ")[1])
+    assert going_on == ["diopt", "fit", "--config", str(saved.parents[1] / "config.yaml"), "--ckpt_path", "last"] or (
+        going_on[3] == str((saved.parents[1] / "config.yaml").relative_to(Path.cwd()))
+    )
+    again = Run(going_on[1:], root, processes)
+    assert again.status() == 0, again.said.read_text()
+    assert_equal(final(root), uninterrupted(processes)[0])
+
+
+def test_a_group_of_processes_is_told_to_stop(tmp_path):
+    """As by a scheduler that sends SIGTERM to everything in a job, workers included."""
+    run = Run(command(tmp_path / "run", workers=2), tmp_path)
+    assert run.wait_until(lambda: bool(checkpoints(tmp_path / "run")))
+    run.send_all(signal.SIGTERM)
+    assert run.status() == 143, run.said.read_text()
+    assert any(path.name.startswith("interrupted-") for path in checkpoints(tmp_path / "run"))
+
+
+def test_goes_on_from_the_end_of_an_epoch(uninterrupted, tmp_path):
+    assert main([*command(tmp_path), "--trainer.max_epochs=1"]) == 0
+    (path,) = tmp_path.rglob("epoch=0-step=4-v1.ckpt")
+    assert read_checkpoint(path)["loops"]["fit_loop"]["epoch_progress"]["total"]["processed"] == 1
+    assert main([*command(tmp_path / "again"), f"--ckpt_path={path}"]) == 0
+    assert_equal(final(tmp_path / "again"), uninterrupted(1)[0])
+
+
+def test_the_last_checkpoint_is_the_newest_sound_one_and_a_finished_run_says_so(tmp_path, capfd):
+    arguments = [*command(tmp_path), "--ckpt_path=last", "--trainer.max_epochs=1"]
+    assert main(arguments) == 0
+    assert "no checkpoint" in capfd.readouterr().err
+    path = newest(tmp_path, training=True)
+    assert path is not None
+    (tmp_path / "zzz.ckpt").write_bytes(path.read_bytes()[:-1000])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    assert main(arguments) == 0
+    said = capfd.readouterr().err
+    assert f"Going on from {path}" in said
+    assert f"Left out: Cannot read {tmp_path / 'zzz.ckpt'} as a checkpoint" in said
+    assert "foreign.ckpt is not a checkpoint of a run" in said
+    assert "The run was finished already, at step 4: raise `trainer.max_epochs`" in said
+
+
+def test_what_is_given_counts_and_differences_are_said(tmp_path, capfd):
+    assert main([*command(tmp_path), "--trainer.max_epochs=1"]) == 0
+    before = final(tmp_path)
+    changes = ["--model.inner_optimizer.init_args.lr=0.25", "--model.inner_optimizer.init_args.weight_decay=0"]
+    capfd.readouterr()
+    assert main([*command(tmp_path), "--trainer.max_epochs=2", "--ckpt_path=last", *changes]) == 0
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if "is changed" in line]
+    assert len(lines) == 3
+    assert "`model.init_args.inner_optimizer.init_args.lr` is 0.25 and was 0.0005 in the checkpoint" in said
+    (inner, outer), (inner_before, outer_before) = (
+        [state["param_groups"][0] for state in content["optimizer_states"]] for content in (final(tmp_path), before)
+    )
+    assert (inner["lr"], inner["weight_decay"]) == (0.25, 0)
+    assert {name for name in inner if inner[name] != inner_before[name]} == {"lr", "weight_decay"}
+    assert outer == outer_before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ckpt_path=nowhere.ckpt"], "There is no file nowhere.ckpt"),
+        (["--ckpt_path={damaged}"], "Cannot read {damaged} as a checkpoint"),
+        (["--ckpt_path={weights}"], "{weights} has weights alone"),
+        (["--model.instruction.candidates=2"], "`instruction.logits` has the shape"),
+        (["--model.instruction=diopt_lightning.instructions.EmbedderDP"], "with the instruction ExtractorDP, and"),
+        (["--model.backbone.config.d_model=32"], "has the shape"),
+        (["--data.tasks.train_tasks=5"], "is for 4 train tasks, and the data has 5"),
+        (["--model.hypergradient=diopt_lightning.bilevel.Identity"], "the state of Neumann"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_ends_with_one_line(options, message, stopped_run, tmp_path, capfd):
+    damaged, weights = tmp_path / "damaged.ckpt", tmp_path / "weights.ckpt"
+    damaged.write_bytes(stopped_run.read_bytes()[:-1])
+    torch.save({name: value for name, value in read_checkpoint(stopped_run).items() if "opt" not in name}, weights)
+    filled = [option.format(damaged=damaged, weights=weights) for option in options]
+    assert main([*command(tmp_path), f"--ckpt_path={stopped_run}", *filled]) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("diopt: error:")]
+    assert message.format(damaged=damaged, weights=weights) in line
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory) -> Path:
+    """The checkpoint of a run."""
+    root = tmp_path_factory.mktemp("stopped")
+    assert main([*command(root), "--trainer.max_epochs=1"]) == 0
+    path = newest(root, training=True)
+    assert path is not None
+    return path
