@@ -20,9 +20,9 @@ class RandomState(pl.Callback):
         self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin a stream, before data loaders draw something, of which some do more often than others."""
+        """Forget the stream of an earlier run that did not end in a checkpoint."""
         if not trainer.ckpt_path:
-            self._state = present(pl_module.device)
+            self._state = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
