@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,9 +49,8 @@ def newest(root: Path, training: bool) -> Path | None:
         ConfigurationError: If there are checkpoints and none of them is of use.
     """
     # Not `last.ckpt` alone: after `kill -9` there may be none, and every run has a folder of its own.
-    found = sorted((path for path in root.rglob("*.ckpt") if not path.name.startswith(".")), key=written)
     mistakes = []
-    for path in reversed(found):
+    for path in reversed(checkpoints(root)):
         if path.is_dir():  # of a sharded model
             return path
         try:
@@ -83,9 +83,16 @@ def check(path: Path, training: bool) -> None:
         )
 
 
-def written(path: Path) -> tuple[float, str]:
-    """When a file was written; where that is equal, its name decides."""
-    return path.stat().st_mtime, str(path)
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoints below a folder, the newest last; where times are equal, names decide."""
+    found = []
+    # Not `rglob`, which fails where a folder vanishes meanwhile.
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.suffix == ".ckpt" and not name.startswith(".") and path.exists():
+                found.append((path.stat().st_mtime, str(path)))
+    return [Path(path) for _, path in sorted(found)]
 
 
 @rank_zero_only
