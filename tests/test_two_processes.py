@@ -45,9 +45,10 @@ ESTIMATORS: dict[str, Callable[[], HypergradientEstimator]] = {
     "nystrom": lambda: Nystrom(rank=2),
     "identity": lambda: Identity(product=DoubleBackward()),
     "differences": lambda: Identity(product=FiniteDifference(check=False)),
-    # Differences over a short distance multiply the rounding of sums in another order, to some 1e-10 in float64.
+    # Differences over the short distances that these two choose by themselves multiply the rounding of sums in another
+    # order: phi differs by up to 1e-4 in float32 and 1e-9 in float64 then.
     "sama": lambda: SAMA(product=DoubleBackward()),
-    "penalty": lambda: Penalty(steps=2, step_size=1e-2, multiplier=100.0),
+    "penalty": lambda: Penalty(steps=2, step_size=1e-2, multiplier=10.0),
     "unrolled": lambda: Unrolled(steps=2),
     "natural": lambda: NaturalHypergradient(rank=2),
 }
@@ -97,7 +98,7 @@ def trained(
         estimator,
         inner_steps=1,
         inner_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
-        outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-4),
+        outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3, eps=1e-4),
         inner_gradient_clip=0.5,
         outer_gradient_clip=0.01,
         inner_accumulation=2,
@@ -129,9 +130,7 @@ def trained(
 
 def check(estimator: str, form: str, precision: str, rounds: int, root: Path) -> None:
     one, two = (trained(ESTIMATORS[estimator](), FORMS[form](), precision, rounds, root, n) for n in (1, 2))
-    # In float32, differences of gradients have one digit fewer than what they are of.
-    by_differences = isinstance(ESTIMATORS[estimator](), Penalty) or estimator == "differences"
-    tolerance = {"32-true": 1e-4 if by_differences else 1e-5, "64-true": 1e-10}[precision]
+    tolerance = {"32-true": 1e-5, "64-true": 1e-10}[precision]
     assert one["bilevel"]["outer_steps_taken"] == two["bilevel"]["outer_steps_taken"] == rounds
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
@@ -143,9 +142,8 @@ def test_two_processes_equal_one_with_the_double_batch(estimator, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "precision"), [("embedder", "32-true"), ("embedder", "64-true"), ("extractor", "64-true")]
-)
+@pytest.mark.parametrize("precision", MODELS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_they_do_so_over_twenty_rounds(estimator, form, precision, root):
     torch.set_num_threads(1)
