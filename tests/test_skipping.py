@@ -1,5 +1,6 @@
 """Sick training: values that are not finite, and hypergradients that explode."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from diopt_lightning import InstructionTuning
+from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.bilevel import BilevelProblem, ConvergenceWarning, Hypergradient, HypergradientEstimator, Neumann
 from diopt_lightning.cli import main
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import TrainingError
+from diopt_lightning.instructions import EmbedderDP
 from diopt_lightning.modules.skipping import OuterNorms
+from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
 from tests.test_bilevel_module import HyperCleaning, InTurn, loaders
 from tests.test_cli import small_run
+from tests.test_text_modules import data
 
 
 def poisoned(level: str, batch: int, value: float = float("nan")) -> dict[str, DataLoader]:
@@ -117,6 +124,43 @@ def test_the_count_is_in_the_checkpoint(tmp_path: Path):
     quiet_trainer(max_epochs=2, limit_train_batches=0).fit(resumed, loaders(), ckpt_path=tmp_path / "saved.ckpt")
     assert resumed._skipped.total == {"inner": 1, "outer": 0}
     assert resumed._skipped.in_a_row == 1
+
+
+class SickBatches(InstructionTuning):
+    """The baseline on the demo's tasks, with a loss that is not finite in some batches."""
+
+    def __init__(self, sick: range, **options: Any) -> None:
+        super().__init__(RandomSeq2Seq(dict(TINY_T5)), EmbedderDP(length=2), **options)
+        self.sick = sick
+        self.kept: list[list[Tensor]] = []
+
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
+        self.kept.append([parameter.detach().clone() for parameter in self.parameters()])
+        losses = super().training_step(batch, batch_idx)
+        return losses | {"loss": losses["loss"] * (float("nan") if batch_idx in self.sick else 1.0)}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_baseline_skips_and_counts_as_well(clip, blank_exemplars, tmp_path):
+    trainer, module = quiet_trainer(max_steps=5, gradient_clip_val=clip), SickBatches(range(2, 3))
+    with pytest.warns(UserWarning, match=r"Skipped an inner step \(1 in a row, 1 in all\): the norm of the"):
+        trainer.fit(module, data(blank_exemplars, tmp_path))
+    same = [all(map(torch.equal, *pair)) for pair in pairwise(module.kept)]
+    assert same == [False, False, True, False]
+    assert trainer.callback_metrics["skipped_inner_steps"] == 1
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed = SickBatches(range(0))
+    again = quiet_trainer(max_steps=5)
+    again.fit(resumed, data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "saved.ckpt")
+    assert resumed._skipped.state_dict() == {"total": {"inner": 1, "outer": 0}, "in_a_row": 0}
+
+
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_the_baseline_ends_after_many_skipped_steps_in_a_row(blank_exemplars, tmp_path):
+    module = SickBatches(range(2, 100), skip_limit=3)
+    with pytest.raises(TrainingError, match=r"3 steps in a row were skipped \(`skip_limit`\)"):
+        quiet_trainer(max_steps=20).fit(module, data(blank_exemplars, tmp_path))
+    assert len(module.kept) == 5
 
 
 class Exploding(HypergradientEstimator):

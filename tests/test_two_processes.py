@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from diopt_lightning import InstructionOptimization
+from diopt_lightning import InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomCausal
 from diopt_lightning.bilevel import (
     SAMA,
@@ -87,15 +87,12 @@ class EqualOnAllProcesses(pl.Callback):
             assert torch.equal(gathered[0], gathered[1]), name
 
 
-def trained(
-    estimator: HypergradientEstimator, form: Instruction, precision: str, rounds: int, root: Path, processes: int
-) -> dict[str, Any]:
-    """Train, and return the checkpoint at the end."""
-    torch.manual_seed(0)
-    module = InstructionOptimization(
+def bilevel(estimator: str, form: str, precision: str) -> InstructionOptimization:
+    """A module that clips and accumulates at both levels."""
+    return InstructionOptimization(
         RandomCausal(dict(MODELS[precision])),
-        form,
-        estimator,
+        FORMS[form](),
+        ESTIMATORS[estimator](),
         inner_steps=1,
         inner_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
         outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3, eps=1e-4),
@@ -104,6 +101,22 @@ def trained(
         inner_accumulation=2,
         outer_accumulation=2,
     )
+
+
+def baseline() -> InstructionTuning:
+    """A module that learns the same by backpropagation; the trainer clips and accumulates."""
+    return InstructionTuning(
+        RandomCausal(dict(MODELS["64-true"])),
+        EmbedderDP(length=2),
+        lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
+    )
+
+
+def trained(
+    module: pl.LightningModule, precision: str, rounds: int, root: Path, processes: int, **options: Any
+) -> dict[str, Any]:
+    """Train, and return the checkpoint at the end."""
+    torch.manual_seed(0)
     data = NaturalInstructionsDataModule(
         str(root),
         str(root / "tokenizer"),
@@ -115,7 +128,7 @@ def trained(
         cache_dir=str(root / "cache"),
     )
     several = {"devices": 2, "strategy": "ddp_fork", "callbacks": [EqualOnAllProcesses()]} if processes == 2 else {}
-    trainer = quiet_trainer(max_steps=rounds, precision=precision, **several)
+    trainer = quiet_trainer(max_steps=rounds, precision=precision, **several, **options)
     path = root / f"{processes}.ckpt"
 
     class Save(pl.Callback):
@@ -128,17 +141,28 @@ def trained(
     return content
 
 
-def check(estimator: str, form: str, precision: str, rounds: int, root: Path) -> None:
-    one, two = (trained(ESTIMATORS[estimator](), FORMS[form](), precision, rounds, root, n) for n in (1, 2))
-    tolerance = {"32-true": 1e-5, "64-true": 1e-10}[precision]
-    assert one["bilevel"]["outer_steps_taken"] == two["bilevel"]["outer_steps_taken"] == rounds
+def assert_equal(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+    """Check what two runs have learned."""
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
+
+
+def check(estimator: str, form: str, precision: str, rounds: int, root: Path) -> None:
+    one, two = (trained(bilevel(estimator, form, precision), precision, rounds, root, number) for number in (1, 2))
+    assert one["bilevel"]["outer_steps_taken"] == two["bilevel"]["outer_steps_taken"] == rounds
+    assert_equal(one, two, {"32-true": 1e-5, "64-true": 1e-10}[precision])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_two_processes_equal_one_with_the_double_batch(estimator, root):
     check(estimator, "embedder", "64-true", 3, root)
+
+
+def test_the_baseline_on_two_processes_equals_one_with_the_double_batch(root):
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "log_every_n_steps": 1}
+    one, two = (trained(baseline(), "64-true", 5, root, number, **options) for number in (1, 2))
+    assert one["global_step"] == two["global_step"] == 5
+    assert_equal(one, two, 1e-10)
 
 
 @pytest.mark.slow

@@ -26,6 +26,11 @@ class Batch(NamedTuple):
     task: Tensor
     instance: Tensor
 
+    @property
+    def target_tokens(self) -> int:
+        """Number of target tokens, over which losses are means."""
+        return int((self.labels != IGNORED_LABEL).sum())
+
 
 class Collator:
     """Pads rows to the longest of their batch.

@@ -23,14 +23,13 @@ from diopt_lightning.bilevel import (
     MicroBatches,
     ProcessAverage,
 )
-from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.bilevel.problem import Loss
 from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.bilevel.vectors import add, scale
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
 from diopt_lightning.modules.strategies import check_strategy
-from diopt_lightning.modules.training import clip, constants, evaluation_mode, gradient_norm
+from diopt_lightning.modules.training import clip, constants, evaluation_mode, gradient_norm, share
 from diopt_lightning.modules.unfinished import UnfinishedRound
 from diopt_lightning.processes import of_all_processes, of_this_process
 from diopt_lightning.random_numbers import drawing_from
@@ -291,12 +290,12 @@ class BilevelModule(pl.LightningModule, ABC):
 
     def _accumulate(self, batch: Any, complete: bool) -> Tensor:
         """Add the gradient of the inner loss, one micro-batch at a time, to that of the inner step; return the loss."""
-        parts, share = self._parts(batch), self._share(batch)
+        parts, factor = self._parts(batch), self._share(batch)
         total = torch.zeros((), device=self.device)
         for number, (part, weight) in enumerate(parts, start=1):
             # Processes exchange gradients once a step, with the last backward pass.
             with constants(self.outer_parameters()), self._exchange(complete and number == len(parts)):
-                loss = share * weight * self.inner_loss(part)
+                loss = factor * weight * self.inner_loss(part)
                 self.manual_backward(loss / self.inner_accumulation)
             total = total + loss.detach()
         (mean,) = self._average([total])
@@ -399,9 +398,9 @@ class BilevelModule(pl.LightningModule, ABC):
         parts: list[Loss] = []
         weights: list[float] = []
         for batch in batches:
-            share = self._share(batch)
+            factor = self._share(batch)
             for part, weight in self._parts(batch):
-                parts.append(partial(scaled, loss, part, share))
+                parts.append(partial(scaled, loss, part, factor))
                 weights.append(weight)
         return parts[0] if len(parts) == 1 else MicroBatches(parts, weights)
 
@@ -414,16 +413,7 @@ class BilevelModule(pl.LightningModule, ABC):
         return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
 
     def _share(self, batch: Any) -> float:
-        """What a batch counts among those of all processes, one on average.
-
-        Processes are averaged, and their losses are means over unequal numbers (of target tokens, say): weighted so,
-        the average is the loss of the global batch.
-        """
-        if not several_processes():
-            return 1.0
-        weight = torch.tensor([self.batch_weight(batch)], device=self.device)
-        (mean,) = self._average([weight])
-        return (weight / mean).item()
+        return share(self.batch_weight(batch), self._average, self.device)
 
     def split_batch(self, batch: Any, parts: int) -> list[Any]:
         """Split a batch into at most so many parts, each a batch; override it for batches of another make.
@@ -475,7 +465,7 @@ class BilevelModule(pl.LightningModule, ABC):
             "outer_steps_taken": self.outer_steps_taken,
             "estimator": type(self.hypergradient).__name__,
             "hypergradient": self.hypergradient.state_dict(),
-            "skipped": {"total": dict(self._skipped.total), "in_a_row": self._skipped.in_a_row},
+            "skipped": self._skipped.state_dict(),
             # Of a sharded model, each process remembers its own shards.
             "memory": of_all_processes(memory) if any_sharded(self.inner_parameters()) else [memory],
             "round": of_all_processes(unfinished),
@@ -504,7 +494,7 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]
         self.hypergradient.load_state_dict(state["hypergradient"])
-        self._skipped.total, self._skipped.in_a_row = dict(state["skipped"]["total"]), state["skipped"]["in_a_row"]
+        self._skipped.load_state_dict(state["skipped"])
         memories = state["memory"]
         self._memory = (memories[0] if len(memories) == 1 else of_this_process(memories)) or []
         self._round.load(of_this_process(state["round"]))

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.backbones.frozen import add_frozen, drop_frozen
 from diopt_lightning.backbones.sharding import gathered, shard
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import TextFormat
@@ -250,10 +250,10 @@ class InstructionEvaluation(pl.LightningModule):
         self._log_scores("test")
 
     def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
-        targets = int((batch.labels != IGNORED_LABEL).sum())
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
         loss = self.backbone.loss(batch, self.instruct(batch))
-        self.log(f"{stage}/loss", loss, batch_size=targets, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
+        size = batch.target_tokens
+        self.log(f"{stage}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
         predictions = self._predict(batch)
         getattr(self, f"{stage}_metrics").update(predictions)
         return predictions

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.bilevel import HypergradientEstimator
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.bilevel import BilevelModule
@@ -137,7 +137,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
 
     def batch_weight(self, batch: Batch) -> float:
         """Number of target tokens, over which losses are means."""
-        return float((batch.labels != IGNORED_LABEL).sum())
+        return float(batch.target_tokens)
 
     def on_outer_step_end(self) -> None:
         """Let schedules of the instruction follow."""

@@ -5,15 +5,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
 from diopt_lightning.backbones import Backbone
+from diopt_lightning.bilevel import ProcessAverage
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.modules.skipping import SkippedSteps
 from diopt_lightning.modules.strategies import sharding_mesh
+from diopt_lightning.modules.training import gradient_norm, share
 
 
 class InstructionTuning(InstructionEvaluation):
@@ -26,7 +31,9 @@ class InstructionTuning(InstructionEvaluation):
     with; to train on them too, set ``data.validation_tasks`` to 0.
 
     Optimization is Lightning's automatic one; clip and accumulate with ``trainer.gradient_clip_val`` (the paper: 1.0)
-    and ``trainer.accumulate_grad_batches``.
+    and ``trainer.accumulate_grad_batches``. As in the bilevel run, several processes take the step of their global
+    batch, whose loss is the mean over all its target tokens, and a step along a gradient that is not finite is skipped
+    and counted. (Lightning counts it in ``trainer.global_step`` all the same.)
 
     Args:
         backbone: The language model theta.
@@ -34,6 +41,7 @@ class InstructionTuning(InstructionEvaluation):
         optimizer: Makes the optimizer. Default: AdamW with learning rate 1e-5, as for the inner level.
         instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
         scheduler: Makes a learning rate scheduler that advances after every optimizer step.
+        skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
         instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
@@ -53,14 +61,16 @@ class InstructionTuning(InstructionEvaluation):
         optimizer: OptimizerCallable | None = None,
         instruction_lr: float = 1e-2,
         scheduler: LRSchedulerCallable | None = None,
+        skip_limit: int = 10,
         max_new_tokens: int = 128,
         instructed_evaluation: bool = False,
     ) -> None:
         super().__init__()
         if not instruction_lr > 0:
             raise ConfigurationError(f"`instruction_lr` must be positive, got {instruction_lr}.")
-        if max_new_tokens < 1:
-            raise ConfigurationError(f"`max_new_tokens` must be 1 or more, got {max_new_tokens}.")
+        for name, number in {"skip_limit": skip_limit, "max_new_tokens": max_new_tokens}.items():
+            if number < 1:
+                raise ConfigurationError(f"`{name}` must be 1 or more, got {number}.")
         self.backbone = backbone
         self.instruction = instruction
         # Not a default in the signature, for the reason given in BilevelModule.
@@ -69,20 +79,36 @@ class InstructionTuning(InstructionEvaluation):
         self.scheduler = scheduler
         self.max_new_tokens = max_new_tokens
         self.instructed_evaluation = instructed_evaluation
+        self._average = ProcessAverage()
+        self._skipped = SkippedSteps(skip_limit)
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of train tasks; an outer batch is left unused."""
-        instruction = None
+        inner_batch, instruction = batch["inner"], None
         if self.instruction is not None:
-            instruction = self.instruction(batch["inner"], self.backbone.embed)
-        loss = self.backbone.loss(batch["inner"], instruction)
-        self.log("inner_loss", loss.detach(), prog_bar=True)
-        return {"loss": loss, "inner_loss": loss.detach()}
+            instruction = self.instruction(inner_batch, self.backbone.embed)
+        loss = self.backbone.loss(inner_batch, instruction)
+        loss = share(inner_batch.target_tokens, self._average, self.device) * loss
+        (inner_loss,) = self._average([loss.detach()])
+        self.log("inner_loss", inner_loss, prog_bar=True)
+        return {"loss": loss, "inner_loss": inner_loss}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the optimizer no gradients, and so no step to take, where one of them is not finite."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # which skips such steps itself, in search of a scale
+        size = gradient_norm([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        if size.isfinite():
+            self._skipped.taken()
+            return
+        optimizer.zero_grad()
+        self._skipped.skip("inner", f"the norm of the inner gradient is {size.item()}.", self.trainer)
+        self.log("skipped_inner_steps", float(self._skipped.total["inner"]))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, and let schedules of the instruction follow."""
         super().optimizer_step(*args, **kwargs)
-        if self.instruction is not None:
+        if self.instruction is not None and not self._skipped.in_a_row:
             self.instruction.advance()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -104,3 +130,23 @@ class InstructionTuning(InstructionEvaluation):
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the count of skipped steps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["skipped"] = self._skipped.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` added.
+
+        Raises:
+            ConfigurationError: If training cannot go on from a run of another kind.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "skipped" in checkpoint:
+            self._skipped.load_state_dict(checkpoint["skipped"])
+        elif self.trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigurationError(
+                f"The checkpoint is not of a run of {type(self).__name__}, which cannot go on from it: give one that "
+                "such a run has saved."
+            )

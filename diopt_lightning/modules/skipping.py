@@ -4,6 +4,7 @@ import statistics
 import warnings
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -33,6 +34,14 @@ class SkippedSteps:
         self.limit = limit
         self.total = {"inner": 0, "outer": 0}
         self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts."""
+        return {"total": dict(self.total), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.total, self.in_a_row = dict(state["total"]), state["in_a_row"]
 
     def taken(self) -> None:
         """A step was taken."""
