@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from diopt_lightning.checkpoints import read_checkpoint
 from diopt_lightning.errors import ConfigurationError
 
+SHARDED = "meta.pt"
+
 
 def find(given: str | Path | None, root: Path, training: bool) -> str | None:
     """The checkpoint to go on from, where ``last`` stands for the newest one below a folder.
@@ -33,8 +35,7 @@ def find(given: str | Path | None, root: Path, training: bool) -> str | None:
         return None if path is None else str(path)
     if given is None or given in ("best", "hpc") or "://" in str(given) or str(given).startswith("registry"):
         return None if given is None else str(given)  # Lightning's business
-    if not Path(given).is_dir():  # as of a sharded model
-        check(Path(given), training)
+    check(Path(given), training)
     return str(given)
 
 
@@ -51,8 +52,6 @@ def newest(root: Path, training: bool) -> Path | None:
     # Not `last.ckpt` alone: after `kill -9` there may be none, and every run has a folder of its own.
     mistakes = []
     for path in reversed(checkpoints(root)):
-        if path.is_dir():  # of a sharded model
-            return path
         try:
             check(path, training)
         except ConfigurationError as error:
@@ -68,15 +67,17 @@ def newest(root: Path, training: bool) -> Path | None:
 
 
 def check(path: Path, training: bool) -> None:
-    """Check that a run can go on from a checkpoint.
+    """Check that a run can go on from a checkpoint, which is a folder where the model is sharded.
 
     Raises:
         ConfigurationError: If it is damaged, none of Lightning's, or has less than is needed.
     """
-    content = read_checkpoint(path)
-    if not {"pytorch-lightning_version", "state_dict", "loops"} <= content.keys():
+    sharded = path.is_dir()
+    # Of a folder, the file that Lightning writes last; tensors are in the others.
+    content = read_checkpoint(path / SHARDED if sharded else path)
+    if not {"pytorch-lightning_version", "loops", *(() if sharded else ("state_dict",))} <= content.keys():
         raise ConfigurationError(f"{path} is not a checkpoint of a run: give a `.ckpt` file that a run has saved.")
-    if training and "optimizer_states" not in content:
+    if training and not sharded and "optimizer_states" not in content:
         raise ConfigurationError(
             f"{path} has weights alone, from which training cannot go on: give a checkpoint that was saved with "
             "`save_weights_only: false`."

@@ -176,11 +176,13 @@ def test_the_last_checkpoint_is_the_newest_sound_one_and_a_finished_run_says_so(
     assert path is not None
     (tmp_path / "zzz.ckpt").write_bytes(path.read_bytes()[:-1000])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "unfinished.ckpt").mkdir()  # of a sharded model, killed before the last of its files
     assert main(arguments) == 0
     said = capfd.readouterr().err
     assert f"Going on from {path}" in said
     assert f"Left out: Cannot read {tmp_path / 'zzz.ckpt'} as a checkpoint" in said
     assert "foreign.ckpt is not a checkpoint of a run" in said
+    assert f"Left out: There is no file {tmp_path / 'unfinished.ckpt' / 'meta.pt'}" in said
     assert "The run was finished already, at step 4: raise `trainer.max_epochs`" in said
 
 
