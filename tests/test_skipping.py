@@ -34,6 +34,7 @@ def poisoned(level: str, batch: int, value: float = float("nan")) -> dict[str, D
     return found | {level: DataLoader(TensorDataset(x, y, index), 4)}
 
 
+@pytest.mark.filterwarnings("ignore:Skipped")  # the first of the two
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_inner_step_that_is_not_finite_is_skipped_and_counted(accumulation, value):
