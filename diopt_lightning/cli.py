@@ -24,11 +24,11 @@ from diopt_lightning.callbacks import (
     UnfinishedValidation,
 )
 from diopt_lightning.callbacks.interruption import Interrupted
-from diopt_lightning.checkpoint_io import WholeCheckpoints
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.kept_config import KeptConfig
+from diopt_lightning.checkpoints.reading import read_checkpoint
+from diopt_lightning.checkpoints.resuming import find, say
+from diopt_lightning.checkpoints.writing import WholeCheckpoints
 from diopt_lightning.errors import ConfigurationError, TrainingError
-from diopt_lightning.kept_config import KeptConfig
-from diopt_lightning.resuming import find, say
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
 # arguments are the command's, and its docstring is the help.

@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from diopt_lightning import ConfigurationError
-from diopt_lightning.checkpoint_io import WholeCheckpoints
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.reading import read_checkpoint
+from diopt_lightning.checkpoints.writing import WholeCheckpoints
 from diopt_lightning.instructions import EmbedderDP
 from tests.helpers import quiet_trainer
 from tests.test_text_modules import data, optimization

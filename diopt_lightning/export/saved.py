@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.backbones.frozen import add_frozen
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.reading import read_checkpoint
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.reading import read_checkpoint
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from diopt_lightning.resuming import say
+from diopt_lightning.checkpoints.resuming import say
 
 # Which checkpoint is gone on from, and what runs afterwards, are no properties of the run.
 LEFT_OUT = ("config", "ckpt_path", "test_after_fit", "weights_only")

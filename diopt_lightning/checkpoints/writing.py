@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.reading import read_checkpoint
 
 Place = str | Path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from diopt_lightning.checkpoints import read_checkpoint
+from diopt_lightning.checkpoints.reading import read_checkpoint
 from diopt_lightning.errors import ConfigurationError
 
 SHARDED = "meta.pt"

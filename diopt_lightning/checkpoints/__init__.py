@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, read only if sound, and found again by runs that go on."""
