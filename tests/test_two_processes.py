@@ -1,12 +1,14 @@
 """Two processes against one with the double batch, on targets of unequal lengths."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diopt_lightning import InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomCausal
@@ -57,6 +59,7 @@ FORMS: dict[str, Callable[[], Instruction]] = {
     "embedder": lambda: EmbedderDP(length=2),
     "extractor": lambda: ExtractorDP(1, 3, 32, CandidatePool(instances=False), Soft()),
 }
+PHI = "instruction.weight"
 MODELS = {
     "32-true": FAMILIES["llama"] | {"num_hidden_layers": 1},
     # In float64 throughout, where Llama's norms would compute in float32.
@@ -115,7 +118,7 @@ def baseline() -> InstructionTuning:
 def trained(
     module: pl.LightningModule, precision: str, rounds: int, root: Path, processes: int, **options: Any
 ) -> dict[str, Any]:
-    """Train, and return the checkpoint at the end."""
+    """Train, and return the checkpoint at the end, with the parameters at the start in it."""
     torch.manual_seed(0)
     data = NaturalInstructionsDataModule(
         str(root),
@@ -132,6 +135,14 @@ def trained(
     path = root / f"{processes}.ckpt"
 
     class Save(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.start = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+        def on_save_checkpoint(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        ) -> None:
+            checkpoint["start"] = self.start
+
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.save_checkpoint(path)
 
@@ -163,6 +174,15 @@ def test_the_baseline_on_two_processes_equals_one_with_the_double_batch(root):
     one, two = (trained(baseline(), "64-true", 5, root, number, **options) for number in (1, 2))
     assert one["global_step"] == two["global_step"] == 5
     assert_equal(one, two, 1e-10)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_two_processes_in_bfloat16_go_the_same_way_as_one(precision, root):
+    make = partial(bilevel, "chebyshev", "embedder")
+    one, two = (trained(make("32-true"), precision, 3, root, number) for number in (1, 2))
+    moved = [run["state_dict"][PHI] - run["start"][PHI] for run in (one, two)]
+    assert all(each.dtype == torch.float32 and each.abs().max() > 1e-3 for each in moved)
+    assert F.cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.999
 
 
 @pytest.mark.slow
