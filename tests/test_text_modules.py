@@ -1,5 +1,6 @@
 """The paper's module and the baselines on small tasks, on one process and on two."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.bilevel import Chebyshev, Neumann
 from diopt_lightning.callbacks import RandomState, Results
 from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule, PromptFormat
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.instructions import (
     Annealed,
     CandidatePool,
@@ -35,6 +37,7 @@ from diopt_lightning.instructions import (
     TokenWise,
     Transformer,
 )
+from diopt_lightning.modules.evaluation import Prediction
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
 
@@ -289,6 +292,37 @@ def test_two_processes_train_alike_and_gather_predictions_once(blank_exemplars, 
     # Targets have equal lengths here, so the mean over processes is the mean over the global batch.
     for name, value in results[1][0].items():
         torch.testing.assert_close(results[2][0][name], value, rtol=0, atol=1e-5)
+
+
+def test_two_processes_evaluate_an_odd_number_of_instances_once(blank_exemplars, tmp_path):
+    five_rows = dataclasses.replace(blank_exemplars, test_tasks=1, instances=5)
+    found = {}
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        torch.manual_seed(0)
+        root = tmp_path / str(devices)
+        module = Echo(RandomSeq2Seq(dict(TINY_T5)), max_new_tokens=3)
+        options = {"devices": devices, "strategy": strategy, "callbacks": [Results(table=False)]}
+        quiet_trainer(default_root_dir=root, **options).test(module, data(five_rows, root), verbose=False)
+        lines = (root / "predictions.jsonl").read_text().splitlines()
+        found[devices] = (
+            [json.loads(line)["id"] for line in lines],
+            json.loads((root / "metrics.json").read_text()),
+        )
+    assert len(set(found[1][0])) == 5
+    assert found[1][0] == found[2][0]
+    assert found[1][1] == pytest.approx(found[2][1], rel=1e-6)
+    assert found[1][1]["test/exact_match"] == 40.0
+
+
+class Echo(InstructionTuning):
+    """Predicts the first two instances of a task as they should be, and the others wrongly."""
+
+    def _predict(self, batch: Batch) -> list[Prediction]:
+        numbers = batch.instance.tolist()
+        return [
+            row | {"prediction": row["references"][0] if number < 2 else "other"}
+            for row, number in zip(super()._predict(batch), numbers, strict=True)
+        ]
 
 
 def test_no_validation_tasks_are_refused(blank_exemplars, tmp_path):
