@@ -232,7 +232,7 @@ def test_a_small_baseline_leaves_the_same_results(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_resumed_in_mid_epoch_is_bitwise_the_uninterrupted_one_and_can_be_tested(tmp_path, workers):
     saved = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -66,6 +66,7 @@ def run_on_a_bare_machine(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_row_runs_on_a_bare_machine():
     output = run_on_a_bare_machine("--tiny")
     assert f"torch {torch.__version__}" in output

@@ -48,6 +48,7 @@ def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, tok
         f"--model.backbone.config={json.dumps(SMALL_T5)}",
         "--model.max_new_tokens=16",
         "--data.evaluation_batch_size=64",
+        "--data.instances_per_task=25",  # more than the steps below take; four times as many take a minute to tokenize
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false",
     ]

@@ -122,11 +122,11 @@ BACKBONES = {
     ("form", "backbone"),
     [
         ("embedder", "t5"),
-        ("soft", "t5"),
-        ("embedder_ic", "checkpointed"),
-        ("task_weights", "t5"),
-        ("embedder", "llama"),
         ("embedder", "lora"),
+        pytest.param("soft", "t5", marks=pytest.mark.slow),
+        pytest.param("embedder_ic", "checkpointed", marks=pytest.mark.slow),
+        pytest.param("task_weights", "t5", marks=pytest.mark.slow),
+        pytest.param("embedder", "llama", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_that_share_a_text_model_train_as_one(form, backbone, blank_exemplars, tmp_path):
@@ -145,6 +145,7 @@ def test_two_processes_that_share_a_text_model_train_as_one(form, backbone, blan
     assert (tmp_path / "two" / "instructions.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["t5", "lora"])
 @pytest.mark.parametrize("in_parts", [True, False])
 def test_a_resumed_run_that_shares_a_model_is_the_uninterrupted_one(in_parts, backbone, blank_exemplars, tmp_path):

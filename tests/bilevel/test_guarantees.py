@@ -198,6 +198,7 @@ def test_a_resumed_estimator_goes_on_bitwise(make):
     assert all(torch.equal(a, b) for a, b in zip(expected[2:], run(second, range(2, 4)), strict=True))
 
 
+@pytest.mark.slow
 @every_estimator
 def test_memory_stays_flat_over_a_thousand_calls(make):
     theta, phi = torch.randn(20_000).requires_grad_(), torch.randn(20_000).requires_grad_()
