@@ -155,16 +155,6 @@ def test_told_to_stop(number, processes, ranks, uninterrupted, tmp_path):
     assert_equal(final(root), uninterrupted(processes, workers)[0])
 
 
-@pytest.mark.slow
-def test_two_nodes_train_as_two_processes_of_one_and_one_of_them_writes(uninterrupted, tmp_path):
-    nodes = ["--trainer.num_nodes=2", "--trainer.devices=1"]
-    run = Run([*command(tmp_path, processes=2), *nodes], tmp_path, processes=2, nodes=2)
-    assert run.status() == 0, run.said.read_text()
-    assert_equal(final(tmp_path), uninterrupted(2)[0])
-    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
-    assert run.said.read_text().count("Results are in") == 1
-
-
 def test_a_group_of_processes_is_told_to_stop(tmp_path):
     """As by a scheduler that sends SIGTERM to everything in a job, workers included."""
     run = Run(command(tmp_path / "run", workers=2), tmp_path)
