@@ -1,16 +1,14 @@
 """The command line: ``diopt fit | validate | test | predict``, and commands that train nothing."""
 
-import logging
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -23,12 +21,13 @@ from diopt_lightning.callbacks import (
     Results,
     UnfinishedValidation,
 )
-from diopt_lightning.callbacks.interruption import Interrupted
-from diopt_lightning.checkpoints.kept_config import KeptConfig
-from diopt_lightning.checkpoints.reading import read_checkpoint
-from diopt_lightning.checkpoints.resuming import find, say
-from diopt_lightning.checkpoints.writing import WholeCheckpoints
 from diopt_lightning.errors import ConfigurationError, TrainingError
+from diopt_lightning.rebuilding import OPTIONS
+from diopt_lightning.resuming.checkpoint_finding import find, say
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
+from diopt_lightning.resuming.interruption import Interrupted
+from diopt_lightning.resuming.kept_config import KeptConfig
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
 # arguments are the command's, and its docstring is the help.
@@ -93,32 +92,6 @@ class DioptCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-class NothingToRun(DioptCLI):
-    """The objects of a run alone, without what is said at its beginning."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the given arguments; Lightning's own method warns where the process has some too."""
-        self.config = parser.parse_object(args)
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make a trainer, which says which devices it found."""
-        logging.disable(logging.INFO)
-        try:
-            return super().instantiate_trainer(**kwargs)
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-OPTIONS: dict[str, Any] = {
-    "model_class": pl.LightningModule,
-    "datamodule_class": pl.LightningDataModule,
-    "subclass_mode_model": True,
-    "subclass_mode_data": True,
-    # Every level has an optimizer of its own, which `--optimizer` would replace.
-    "auto_configure_optimizers": False,
-}
-
-
 def recorders() -> list[pl.Callback]:
     """The callbacks of every run; the last one stops it, when the others have kept what they keep."""
     kept = [RandomState(), OptimizerOptions(), UnfinishedValidation(), Results(), LearnedInstructions()]
@@ -140,37 +113,6 @@ def run(args: ArgsType = None) -> DioptCLI:
         save_config_kwargs={"overwrite": True},
         args=args,
     )
-
-
-def instantiate(config: Path, changes: Mapping[str, Any] | None = None) -> DioptCLI:
-    """Make the model and the data module of a run from the ``config.yaml`` in its folder, without running anything.
-
-    Args:
-        config: The file.
-        changes: Options of the data module to replace, e.g. ``{"root": "elsewhere"}``.
-
-    Returns:
-        An object with the attributes ``model``, ``datamodule`` and ``trainer``, attached to each other as in a run.
-
-    Raises:
-        ConfigurationError: If the file is missing or is not that of a run.
-    """
-    try:
-        options = yaml.safe_load(config.read_text(encoding="utf-8"))
-        parts = {"model": options["model"], "data": options["data"]}
-        parts["data"]["init_args"] = {**parts["data"].get("init_args", {}), **(changes or {})}
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{config} is not the configuration of a run ({type(error).__name__}: {' '.join(str(error).split())}): "
-            "give the `config.yaml` of the run's folder as `config`."
-        ) from error
-    local = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    cli = NothingToRun(**OPTIONS, seed_everything_default=False, trainer_defaults=local, args=parts, run=False)
-    cli.datamodule.trainer = cli.model.trainer = cli.trainer
-    cli.trainer.datamodule = cli.datamodule  # type: ignore[attr-defined]
-    # What the data module asks the module for, as how its model reads texts, it finds by way of the trainer.
-    cli.trainer.strategy.connect(cli.model)
-    return cli
 
 
 def run_command(name: str, args: Sequence[str]) -> None:

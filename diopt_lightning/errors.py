@@ -1,4 +1,4 @@
-"""The one error for what a user can mend."""
+"""Errors that a user can mend, and the commonest check."""
 
 
 class ConfigurationError(ValueError):
@@ -13,3 +13,27 @@ class TrainingError(RuntimeError):
 
     The message says what happened and from where to go on. The command line prints it without a traceback.
     """
+
+
+def require_at_least(least: int, of: str = "", hint: str = "", **numbers: float | None) -> None:
+    """Refuse a number that is too small.
+
+    Args:
+        least: The smallest that is allowed.
+        of: What the numbers are options of, for the message.
+        hint: A sentence at its end.
+        numbers: The numbers by their names as options; ``None`` for one that was left out.
+
+    Raises:
+        ConfigurationError: If one is smaller.
+
+    Example:
+        >>> require_at_least(1, of="LoRA", rank=0)
+        Traceback (most recent call last):
+        ...
+        diopt_lightning.errors.ConfigurationError: `rank` of LoRA must be 1 or more, got 0.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            whose, then = f" of {of}" if of else "", f" {hint}" if hint else ""
+            raise ConfigurationError(f"`{name}`{whose} must be {least} or more, got {number}.{then}")

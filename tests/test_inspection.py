@@ -20,13 +20,13 @@ from diopt_lightning import ConfigurationError, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.callbacks import LearnedInstructions, RandomState
 from diopt_lightning.cli import main
-from diopt_lightning.diversity import (
+from diopt_lightning.inspection import Report, load, page, picture, select, show
+from diopt_lightning.inspection.diversity import (
     effective_rank,
     mean_pairwise_cosine_distance,
     task_vectors,
     two_dimensional,
 )
-from diopt_lightning.inspection import Report, load, page, picture, select, show
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.instructions import (
     CandidatePool,

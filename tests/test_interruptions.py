@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
-from diopt_lightning.checkpoints.reading import read_checkpoint
-from diopt_lightning.checkpoints.resuming import checkpoints, newest
 from diopt_lightning.cli import main
+from diopt_lightning.resuming.checkpoint_finding import checkpoints, newest
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from tests.interruptions import Run
 from tests.test_cli import small_run
 

@@ -17,12 +17,12 @@ from diopt_lightning import ConfigurationError, InstructionOptimization, Instruc
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.bilevel import Chebyshev, Identity, Nystrom, Spectrum, Unrolled
 from diopt_lightning.callbacks import MemoryEstimate
-from diopt_lightning.callbacks.live_memory import Moment, aligned
-from diopt_lightning.callbacks.optimizer_memory import optimizer_memory
-from diopt_lightning.callbacks.rehearsal import Rehearsal
 from diopt_lightning.cli import main
 from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule
 from diopt_lightning.instructions import CandidatePool, EmbedderDP, ExpectedLoss, ExtractorDP, GumbelStraightThrough
+from diopt_lightning.memory.live import Moment, aligned
+from diopt_lightning.memory.optimizers import optimizer_memory
+from diopt_lightning.memory.rehearsal import Rehearsal
 from tests.helpers import quiet_trainer
 from tests.test_cli import small_run
 

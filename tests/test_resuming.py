@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from diopt_lightning.bilevel import Neumann, Unrolled
 from diopt_lightning.callbacks import RandomState, UnfinishedValidation
-from diopt_lightning.checkpoints.writing import WholeCheckpoints
+from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
 from tests.helpers import quiet_trainer
 from tests.test_bilevel_module import HyperCleaning, loaders
 

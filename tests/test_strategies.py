@@ -29,8 +29,8 @@ from diopt_lightning.bilevel import (
 )
 from diopt_lightning.bilevel.sharding import is_sharded, whole
 from diopt_lightning.callbacks import LearnedInstructions, Results
-from diopt_lightning.checkpoints.resuming import find
 from diopt_lightning.instructions import EmbedderDP
+from diopt_lightning.resuming.checkpoint_finding import find
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
 from tests.processes import on_two_processes, sharding_trainer

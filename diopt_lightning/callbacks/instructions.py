@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diopt_lightning.callbacks.results import results_folder, write_json
 from diopt_lightning.data.text_format import encode
-from diopt_lightning.diversity import measure, task_vectors, two_dimensional
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
+from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
 from diopt_lightning.inspection.report import in_order, kept
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.modules.evaluation import InstructionEvaluation

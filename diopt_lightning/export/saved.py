@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.backbones.frozen import add_frozen
-from diopt_lightning.checkpoints.reading import read_checkpoint
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.embeddings import instruction_embeddings
 from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.rebuilding import instantiate
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,6 @@ class SavedRun:
     @cached_property
     def modules(self) -> tuple[InstructionEvaluation, NaturalInstructionsDataModule]:
         """The module and the data module, from the run's configuration; nothing in them is built or read yet."""
-        from diopt_lightning.cli import instantiate
-
         config = self.config if self.config is not None else self.checkpoint.resolve().parents[1] / "config.yaml"
         if not config.is_file():
             raise ConfigurationError(

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diopt_lightning.checkpoints.reading import read_checkpoint
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 
 MEASURES = {"mean_cosine_distance": "mean pairwise cosine distance", "effective_rank": "effective rank"}
 KEPT = ("candidate", "probability", "weight")

@@ -31,8 +31,8 @@ from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
 from diopt_lightning.modules.strategies import check_strategy
 from diopt_lightning.modules.training import clip, constants, evaluation_mode, gradient_norm, share
 from diopt_lightning.modules.unfinished import UnfinishedRound
-from diopt_lightning.processes import of_all_processes, of_this_process
-from diopt_lightning.random_numbers import drawing_from
+from diopt_lightning.resuming.processes import of_all_processes, of_this_process
+from diopt_lightning.resuming.random_numbers import drawing_from
 
 
 class BilevelModule(pl.LightningModule, ABC):

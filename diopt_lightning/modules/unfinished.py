@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from diopt_lightning.random_numbers import present
+from diopt_lightning.resuming.random_numbers import present
 
 Pair = tuple[Any, Any]
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from diopt_lightning.bilevel import BilevelProblem, DoubleBackward, HypergradientEstimator, MicroBatches
-from diopt_lightning.bilevel.spectrum import extreme_eigenvalues
+from diopt_lightning.bilevel.estimators.spectrum import extreme_eigenvalues
 
 Kind = Literal["t5", "llama"]
 

@@ -18,7 +18,7 @@ from diopt_lightning.bilevel import (
     Penalty,
     Spectrum,
 )
-from diopt_lightning.bilevel.spectrum import extreme_eigenvalues
+from diopt_lightning.bilevel.estimators.spectrum import extreme_eigenvalues
 from tests.bilevel.problems import Quadratic, randn, relative_error
 
 pytestmark = pytest.mark.filterwarnings("error::diopt_lightning.bilevel.ConvergenceWarning")

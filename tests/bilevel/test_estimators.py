@@ -26,7 +26,7 @@ from diopt_lightning.bilevel import (
     ReverseOverForward,
     Unrolled,
 )
-from diopt_lightning.bilevel.chebyshev import condition
+from diopt_lightning.bilevel.estimators.chebyshev import condition
 from tests.bilevel.problems import CASES, Case, Quadratic, flat, randn, relative_error
 
 pytestmark = pytest.mark.filterwarnings("error::diopt_lightning.bilevel.ConvergenceWarning")

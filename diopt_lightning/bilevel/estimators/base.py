@@ -1,0 +1,144 @@
+"""What an estimator of hypergradients is, and what it returns."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
+from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
+from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    r"""An estimate of :math:`dL_{val}(\theta^*(\phi), \phi) / d\phi`.
+
+    Args:
+        gradient: One tensor for each outer parameter, in its shape and in float32 at least.
+        outer_loss: The value of the outer loss, a detached scalar.
+        inner_loss: The value of the inner loss, a detached scalar.
+        statistics: What the estimator can say about itself, by name: ``products`` that it used and ``seconds`` that it
+            took; of an :class:`~diopt_lightning.bilevel.ImplicitEstimator` also the ``residual`` of its system and the
+            curvature that it met.
+    """
+
+    gradient: list[Tensor]
+    outer_loss: Tensor
+    inner_loss: Tensor
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+class HypergradientEstimator(ABC):
+    r"""Estimates :math:`dL_{val}(\theta^*(\phi), \phi) / d\phi` of a :class:`~diopt_lightning.bilevel.BilevelProblem`.
+
+    The direct term :math:`\partial L_{val} / \partial\phi` is included. An outer parameter that no loss reaches gets
+    zeros. Nothing is left behind in the parameters: ``.grad`` is not written, values return to the same bits, and no
+    random state is consumed.
+
+    Attributes:
+        supports_sharding: Whether inner parameters may be sharded over processes by ``fully_shard`` (FSDP2), under
+            which a model has first derivatives alone; ``differentiate`` of ``bilevel/products/base.py`` takes them.
+        remembers: How many of the inner steps that it has observed it will use again; they are not part of its state.
+    """
+
+    supports_sharding: bool = False
+    remembers: int = 0
+
+    @abstractmethod
+    def __call__(self, problem: BilevelProblem) -> Hypergradient:
+        """Estimate the hypergradient of ``problem`` at the current values of its parameters.
+
+        Raises:
+            ValueError: If a loss is no scalar or does not depend on the parameters that it should depend on.
+            ConfigurationError: If the model cannot be differentiated as asked, or something is missing.
+            FloatingPointError: If a value is not finite; the message names the place.
+        """
+
+    def observe(self, problem: BilevelProblem) -> None:  # noqa: B027  (nothing to do is the rule)
+        """Look at an inner step that is about to be taken; most estimators need not.
+
+        Called after the backward pass of every inner step and before the gradient is clipped and the inner optimizer
+        steps, so ``.grad`` of the inner parameters holds the gradient of ``problem.inner_loss``.
+        :class:`~diopt_lightning.modules.BilevelModule` does so by itself; a loop of one's own calls this.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on exactly as before (plain numbers and tensors)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
+
+    def memory(self, number: int) -> list[dict[str, Any]]:
+        """Return what it remembers of the last ``number`` inner steps, without their losses (numbers and tensors).
+
+        Not part of :meth:`state_dict`, because it is large, and of no use once as many steps have followed.
+        """
+        return []
+
+    def recall(self, memory: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
+        """Restore what :meth:`memory` returned, together with the inner losses of the steps."""
+        if memory:
+            raise ValueError(f"{type(self).__name__} remembers no steps, got those of another.")
+
+
+def outer_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:
+    r"""Return the outer loss, :math:`v_0 = \partial L_{val}/\partial\theta` and :math:`\partial L_{val}/\partial\phi`.
+
+    Raises:
+        ValueError: If the outer loss is no scalar or depends on none of the inner parameters.
+        FloatingPointError: If one of them is not finite.
+    """
+    return gradients(problem, problem.outer_parts(), "outer_loss")
+
+
+def inner_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:
+    r"""Return the inner loss, :math:`\partial L_{train}/\partial\theta` and :math:`\partial L_{train}/\partial\phi`.
+
+    Raises:
+        ValueError: If the inner loss is no scalar or depends on none of the inner parameters.
+        FloatingPointError: If one of them is not finite.
+    """
+    return gradients(problem, problem.inner_parts(), "inner_loss")
+
+
+def gradients(problem: BilevelProblem, parts: Sequence[tuple[Loss, float]], name: str) -> tuple[Tensor, Vector, Vector]:
+    """Return a loss and its gradients with respect to inner and outer parameters, over parts and processes."""
+    inner, outer = list(problem.inner_parameters), list(problem.outer_parameters)
+    total, value, reached = zeros([*inner, *outer]), torch.zeros((), device=inner[0].device), False
+    for part, weight in parts:
+        loss = differentiable(scalar(part(), name), name)
+        with checkpointing_explained():
+            found = differentiate(loss, problem)
+        reached = reached or any(gradient is not None for gradient in found[: len(inner)])
+        total = add(total, as_vector(found, [*inner, *outer]), weight)
+        value = value + weight * loss.detach()
+    if not reached:
+        raise ValueError(
+            f"`{name}` depends on none of the `inner_parameters`: without that link a hypergradient is zero or needs "
+            "no bilevel optimization."
+        )
+    vector = problem.average(total)
+    check_finite(vector, f"the gradient of the {name.replace('_', ' ')}")
+    return value, vector[: len(inner)], vector[len(inner) :]
+
+
+def check_finite(vector: Vector, place: str) -> None:
+    """Raise where a vector holds NaN or infinity: a hypergradient is never silently repaired.
+
+    Raises:
+        FloatingPointError: With the place, if any entry is not finite.
+    """
+    size = norm(vector).item()
+    if not math.isfinite(size):
+        raise FloatingPointError(
+            f"A hypergradient is not finite (norm {size}); it arose in {place}. Lower the learning rates or the "
+            "solver's step size, and look at the batch that was used last."
+        )

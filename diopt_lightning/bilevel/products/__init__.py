@@ -1,0 +1,1 @@
+"""Products with the second derivatives of the inner loss: one file a way to get them."""

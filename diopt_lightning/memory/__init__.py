@@ -1,0 +1,1 @@
+"""What a run will need of memory, before it runs out of it."""

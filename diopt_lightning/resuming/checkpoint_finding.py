@@ -1,0 +1,102 @@
+"""Which checkpoint a run goes on from."""
+
+import os
+import sys
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+
+SHARDED = "meta.pt"
+
+
+def find(given: str | Path | None, root: Path, training: bool) -> str | None:
+    """The checkpoint to go on from, where ``last`` stands for the newest one below a folder.
+
+    Args:
+        given: The value of ``ckpt_path``.
+        root: The folder.
+        training: Whether training is to go on, for which weights alone do not suffice.
+
+    Returns:
+        The path, or ``None`` for none: a job that is started again with the same command line may have been stopped
+        before its first checkpoint.
+
+    Raises:
+        ConfigurationError: If it is of no use, or there is none where one is needed.
+    """
+    if given == "last":
+        path = newest(root, training)
+        if path is None and not training:
+            raise ConfigurationError(f"There is no checkpoint in {root}: give one as `ckpt_path`.")
+        say(f"Going on from {path}" if path else f"There is no checkpoint in {root} yet: the run begins.")
+        return None if path is None else str(path)
+    if given is None or given in ("best", "hpc") or "://" in str(given) or str(given).startswith("registry"):
+        return None if given is None else str(given)  # Lightning's business
+    check(Path(given), training)
+    return str(given)
+
+
+def newest(root: Path, training: bool) -> Path | None:
+    """The newest checkpoint below a folder that can be gone on from, or ``None`` if there is none at all.
+
+    Args:
+        root: The folder.
+        training: Whether training is to go on, for which weights alone do not suffice.
+
+    Raises:
+        ConfigurationError: If there are checkpoints and none of them is of use.
+    """
+    # Not `last.ckpt` alone: after `kill -9` there may be none, and every run has a folder of its own.
+    mistakes = []
+    for path in reversed(checkpoints(root)):
+        try:
+            check(path, training)
+        except ConfigurationError as error:
+            mistakes.append(error)
+            say(f"Left out: {error}")
+        else:
+            return path
+    if mistakes:
+        raise ConfigurationError(
+            f"None of the {len(mistakes)} checkpoints in {root} can be gone on from: {mistakes[0]}"
+        )
+    return None
+
+
+def check(path: Path, training: bool) -> None:
+    """Check that a run can go on from a checkpoint, which is a folder where the model is sharded.
+
+    Raises:
+        ConfigurationError: If it is damaged, none of Lightning's, or has less than is needed.
+    """
+    sharded = path.is_dir()
+    # Of a folder, the file that Lightning writes last; tensors are in the others.
+    content = read_checkpoint(path / SHARDED if sharded else path)
+    if not {"pytorch-lightning_version", "loops", *(() if sharded else ("state_dict",))} <= content.keys():
+        raise ConfigurationError(f"{path} is not a checkpoint of a run: give a `.ckpt` file that a run has saved.")
+    if training and not sharded and "optimizer_states" not in content:
+        raise ConfigurationError(
+            f"{path} has weights alone, from which training cannot go on: give a checkpoint that was saved with "
+            "`save_weights_only: false`."
+        )
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoints below a folder, the newest last; where times are equal, names decide."""
+    found = []
+    # Not `rglob`, which fails where a folder vanishes meanwhile.
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.suffix == ".ckpt" and not name.startswith(".") and path.exists():
+                found.append((path.stat().st_mtime, str(path)))
+    return [Path(path) for _, path in sorted(found)]
+
+
+@rank_zero_only
+def say(sentence: str) -> None:
+    """Say something on the standard error."""
+    print(f"diopt: {sentence}", file=sys.stderr, flush=True)

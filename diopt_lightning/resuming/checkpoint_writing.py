@@ -1,0 +1,74 @@
+"""How checkpoints of a run are written and read."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+
+Place = str | Path
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Leaves no half-written checkpoint behind, whenever the process ends, and loads no damaged one.
+
+    A checkpoint is written aside in its own folder, flushed to the disk, and only then given its name. (Lightning's own
+    writes over the file of that name, and holds a second copy of everything in memory meanwhile.) What is loaded is
+    compared with the checksums in it. The command line uses this by itself; in Python, pass
+    ``Trainer(plugins=[WholeCheckpoints()])``. Places that are not in a file system, such as ``s3://``, are Lightning's
+    business.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Place, storage_options: Any = None) -> None:
+        """Write a checkpoint, whole or not at all."""
+        if remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Named after the target: what a killed process leaves of it is written over by the next one.
+        aside = target.with_name(f".{target.name}.part")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+        except BaseException:  # even of an interruption nothing is left
+            aside.unlink(missing_ok=True)
+            raise
+        flush_names(target.parent)
+
+    def load_checkpoint(
+        self, path: Place, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, with nothing but tensors and plain data in it unless asked for otherwise.
+
+        Raises:
+            ConfigurationError: If there is none, or it is damaged.
+        """
+        if remote(path):
+            return super().load_checkpoint(path, map_location or "cpu", weights_only)  # type: ignore[arg-type]
+        # Not mapped: the file may be replaced while its tensors are in use.
+        options = {"map_location": map_location or "cpu", "mmap": False}
+        return read_checkpoint(Path(path), weights_only=weights_only is not False, **options)
+
+
+def remote(path: Place) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def flush_names(folder: Path) -> None:
+    """Make the disk know the new name of a file too, where the system allows it."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,161 @@
+"""Runs that are told to stop end with a checkpoint."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+
+from diopt_lightning.resuming.unfinished_validation import validation_is_due
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MANY = 2**24  # batches, where nobody knows how many
+
+
+class Interrupted(SystemExit):
+    """Ends a run that was told to stop, and the process with the exit status that shells expect: 128 + the signal.
+
+    Args:
+        number: The signal.
+        main: Whether this is the process whose exit status counts. Lightning kills the main process if one that it has
+            started ends with any other status than 0.
+    """
+
+    def __init__(self, number: int, main: bool = True) -> None:
+        super().__init__(128 + number if main else 0)
+        self.number = number
+
+
+class Interruption(pl.Callback):
+    """Ends training with a checkpoint when the process gets SIGTERM, as of a preempted job, or Ctrl-C.
+
+    The checkpoint is written after the present batch, on all processes together even if one of them alone got the
+    signal. A second Ctrl-C ends the process at once. Put it after callbacks that keep something in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._before: dict[int, Any] = {}
+        self._common = 0
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen from here on: Lightning, which notes SIGTERM at the end of an epoch, has begun to listen before."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if told to."""
+        if not validation_is_due(trainer):  # the checkpoint of its first batch tells that it was due
+            self._stop_if_told_to(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out how many batches all processes have, after which they can agree on something."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            batches = torch.tensor(float(min(sum(trainer.num_val_batches), MANY)), device=pl_module.device)
+            self._common = int(trainer.strategy.reduce(batches, reduce_op="min"))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop here if told to."""
+        if self._common > 0:
+            self._common -= 1
+            self._stop_if_told_to(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same as for a test."""
+        self.on_test_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let signals end a test at once: nothing is lost that a checkpoint could keep."""
+        self._leave_alone()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        self._leave_alone()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop listening; a signal for which there was no batch any more does what it does elsewhere."""
+        self._leave_alone()
+        if self._received:
+            received, self._received = self._received, 0
+            signal.raise_signal(received)
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        """Note signals instead of ending at once."""
+        if (
+            self._before
+            or getattr(trainer, "fast_dev_run", False)
+            or threading.current_thread() is not threading.main_thread()
+        ):
+            return
+        self._received = 0
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one is meant seriously
+
+    def _leave_alone(self) -> None:
+        """Give signals back to whom they belonged."""
+        for number, handler in self._before.items():
+            if signal.getsignal(number) in (self._note, signal.default_int_handler):  # else Lightning has done so
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before, self._common = {}, 0
+
+    def _stop_if_told_to(self, trainer: pl.Trainer) -> None:
+        """Save and raise, on all processes if one of them was told to."""
+        if not self._before:
+            return
+        told = torch.tensor(float(self._received), device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(told, reduce_op="max"))
+        if not number:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        name = f"interrupted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+        path = folder / "checkpoints" / name
+        trainer.save_checkpoint(path)
+        tell(
+            f"Stopped by {signal.Signals(number).name} at step {trainer.global_step}. To go on: {command(folder, path)}"
+        )
+        self._received = 0
+        raise Interrupted(number, main=trainer.is_global_zero)
+
+
+def command(folder: Path, path: Path) -> str:
+    """What goes on with the run in a folder: a command line, if it came from one."""
+    config = folder / "config.yaml"
+    if config.is_file():
+        below = config.resolve().is_relative_to(Path.cwd())
+        place = os.path.relpath(config) if below else str(config)
+        return shlex.join(["diopt", "fit", "--config", place, "--ckpt_path", "last"])
+    return f'trainer.fit(..., ckpt_path="{path}")'
+
+
+@rank_zero_only
+def tell(sentence: str) -> None:
+    """Say something on the standard error, below a progress bar."""
+    print(f"\n{sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""Checkpoints that are whole or not there, and damage that is never loaded."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
+
+from diopt_lightning import ConfigurationError
+from diopt_lightning.instructions import EmbedderDP
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
+from tests.helpers import quiet_trainer
+from tests.test_text_modules import data, optimization
+
+
+@pytest.fixture
+def real(blank_exemplars, tmp_path) -> Path:
+    """A checkpoint of a run."""
+    trainer = quiet_trainer(max_steps=3, limit_val_batches=0, plugins=[WholeCheckpoints()])
+    trainer.fit(optimization(EmbedderDP(length=3)), data(blank_exemplars, tmp_path))
+    trainer.save_checkpoint(tmp_path / "real.ckpt")
+    return tmp_path / "real.ckpt"
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two contents are bitwise equal."""
+    (ones, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ones, others, strict=True)
+    )
+
+
+def loaded(path: Path) -> tuple[object, str]:
+    """The content, or ``None`` and the error."""
+    try:
+        return WholeCheckpoints().load_checkpoint(path), ""
+    except ConfigurationError as error:
+        return None, str(error)
+
+
+def test_damage_is_refused_or_harmless(real, tmp_path):
+    whole, expected = real.read_bytes(), read_checkpoint(real)
+    draw, outcomes = random.Random(0), {"refused": 0, "equal": 0}
+    for number in range(150):
+        damaged, place = bytearray(whole), draw.randrange(len(whole))
+        if number % 3 == 0:
+            del damaged[place:]
+        elif number % 3 == 1:
+            damaged[place] ^= 1 << draw.randrange(8)
+        else:
+            damaged[place] = draw.choice([byte for byte in range(256) if byte != damaged[place]])
+        path = tmp_path / f"{number}.ckpt"
+        path.write_bytes(damaged)
+        found, said = loaded(path)
+        if found is None:
+            assert str(path) in said
+            assert "\n" not in said
+        else:
+            assert same(found, expected), (number, place)
+        outcomes["refused" if found is None else "equal"] += 1
+    print(outcomes)
+    assert outcomes["refused"] >= 100  # what is harmless lies between the parts of the archive
+
+
+def test_a_flipped_bit_of_a_weight_is_what_pytorch_would_have_loaded(real, tmp_path):
+    content = bytearray(real.read_bytes())
+    weight = read_checkpoint(real)["state_dict"]["instruction.weight"]
+    content[content.find(weight.numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "flipped.ckpt")["state_dict"]["instruction.weight"], weight)
+    with pytest.raises(ConfigurationError, match="checksum"):
+        quiet_trainer(plugins=[WholeCheckpoints()]).strategy.load_checkpoint(tmp_path / "flipped.ckpt")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_and_nothing_else(real, tmp_path, monkeypatch):
+    before, names = real.read_bytes(), set(os.listdir(tmp_path))
+    with pytest.raises(AttributeError):
+        WholeCheckpoints().save_checkpoint({"of no use": lambda: None}, real)  # a local function has no pickle
+    assert real.read_bytes() == before
+    assert set(os.listdir(tmp_path)) == names
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpoints().save_checkpoint({"state_dict": {}}, real)
+    assert real.read_bytes() == before
+    assert set(os.listdir(tmp_path)) == names
+
+
+def test_a_missing_or_foreign_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"There is no file .*nowhere\.ckpt"):
+        WholeCheckpoints().load_checkpoint(tmp_path / "nowhere.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ConfigurationError, match="is not a checkpoint"):
+        WholeCheckpoints().load_checkpoint(tmp_path / "list.ckpt")
+    torch.save({"of a class": ConfigurationError("x")}, tmp_path / "class.ckpt")
+    with pytest.raises(ConfigurationError, match="Cannot read"):
+        WholeCheckpoints().load_checkpoint(tmp_path / "class.ckpt")
+    assert "of a class" in WholeCheckpoints().load_checkpoint(tmp_path / "class.ckpt", weights_only=False)
