@@ -153,8 +153,8 @@ def test_a_resumed_run_that_shares_a_model_is_the_uninterrupted_one(in_parts, ba
         def run(steps: int, ckpt_path: Path | None = None) -> list[Tensor]:
             module, tasks = optimization("embedder", BACKBONES[backbone]()), data(blank_exemplars, tmp_path)
             module.hypergradient = Chebyshev(warm_start=True, product=differences())
-            module.inner_optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
-            module.outer_optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.1)
+            module.inner_level.make_optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+            module.outer_level.make_optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.1)
             callbacks = [
                 ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1),
                 LearnedInstructions(),

@@ -1,7 +1,7 @@
 """Hypergradients of bilevel problems in plain PyTorch: no Lightning, no transformers, no text."""
 
 from diopt_lightning.bilevel.distributed import ProcessAverage, average_over_processes
-from diopt_lightning.bilevel.estimators.base import Hypergradient, HypergradientEstimator
+from diopt_lightning.bilevel.estimators.base import Hypergradient, HypergradientEstimator, mean_hypergradient
 from diopt_lightning.bilevel.estimators.chebyshev import Chebyshev
 from diopt_lightning.bilevel.estimators.conjugate_gradient import ConjugateGradient
 from diopt_lightning.bilevel.estimators.identity import Identity
@@ -53,5 +53,6 @@ __all__ = [
     "Unrolled",
     "average_over_processes",
     "checkpoint_activations",
+    "mean_hypergradient",
     "needs_second_derivatives",
 ]

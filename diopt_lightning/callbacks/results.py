@@ -12,7 +12,8 @@ from torch import Tensor, distributed
 
 from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.callbacks.figures import draw_losses
-from diopt_lightning.modules.evaluation import InstructionEvaluation, Prediction
+from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.modules.predictions import Prediction
 
 LOSSES = ("inner_loss", "outer_loss")
 

@@ -1,25 +1,31 @@
 """The data module: from a folder of tasks to batches of both levels."""
 
-import random
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
+from diopt_lightning.data.collate import Batch, Collator
 from diopt_lightning.data.prompts import PromptFormat
-from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler
-from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks, read_split_lists
-from diopt_lightning.data.tasks import Task, read_tasks
-from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
-from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, tokenize
+from diopt_lightning.data.reading import Reading, ReadsTexts
+from diopt_lightning.data.sampling import (
+    EvaluationSampler,
+    ResumableDataLoader,
+    TokenRows,
+    TrainSampler,
+    longest_batch,
+)
+from diopt_lightning.data.splits import TaskSplits, drawn_splits, read_split_lists
+from diopt_lightning.data.tasks import Task, choose_instances, read_tasks
+from diopt_lightning.data.text_format import encoder_decoder_format
+from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, summary, tokenize
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,17 +103,16 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
+        numbers: dict[str, Any] = {
             "instances_per_task": instances_per_task,
             "test_instances_per_task": test_instances_per_task,
             "max_source_length": max_source_length,
             "max_target_length": max_target_length,
             "batch_size": batch_size,
-            "outer_batch_size": batch_size if outer_batch_size is None else outer_batch_size,
-            "evaluation_batch_size": batch_size if evaluation_batch_size is None else evaluation_batch_size,
-        }.items():
-            if value < 1:
-                raise ConfigurationError(f"`data.{name}` must be 1 or more, got {value}.")
+            "outer_batch_size": outer_batch_size,
+            "evaluation_batch_size": evaluation_batch_size,
+        }
+        require_at_least(1, **{f"data.{name}": number for name, number in numbers.items()})
         self.root = Path(root)
         self.tokenizer_name = tokenizer
         self.split = split
@@ -115,12 +120,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self.dev_tasks = dev_tasks
         self.whole_categories = whole_categories
         self.split_seed = split_seed
-        self.prompts = {
-            "train": train_prompt,
-            "validation": validation_prompt,
-            "dev": test_prompt,
-            "test": test_prompt,
-        }
+        self.prompts = {"train": train_prompt, "validation": validation_prompt, "dev": test_prompt, "test": test_prompt}
         self.instances_per_task = instances_per_task
         self.test_instances_per_task = test_instances_per_task
         self.max_source_length = max_source_length
@@ -133,8 +133,6 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self.seed = seed
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._tasks: dict[str, Task] = {}
-        self._splits: TaskSplits | None = None
         self._rows: dict[str, Dataset] = {}
         self._positions: dict[str, dict[str, int]] = {}
         self._train_loaders: dict[str, ResumableDataLoader] = {}
@@ -149,26 +147,23 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     @property
     def splits(self) -> TaskSplits:
         """Names of the tasks in each set."""
-        if self._splits is None:
-            self._read()
-            assert self._splits is not None
-        return self._splits
+        return self._read[1]
 
     @property
     def tasks(self) -> list[Task]:
         """All tasks; a batch's ``task`` indexes this list, in which the train tasks come first."""
-        splits = self.splits
-        return [self._tasks[name] for split in SPLITS for name in getattr(splits, split)]
+        return [task for split in SPLITS for task in self.split_tasks(split)]
 
     def split_tasks(self, split: str) -> list[Task]:
         """The tasks of one set: ``train``, ``validation``, ``dev`` or ``test``."""
-        return [self._tasks[name] for name in getattr(self.splits, split)]
+        tasks, splits = self._read
+        return [tasks[name] for name in getattr(splits, split)]
 
     def prepare_data(self) -> None:
         """Check every file and fill the token cache, on one process only."""
         for split in SPLITS:
             if getattr(self.splits, split):
-                self._report(split, self._tokenize(split))
+                rank_zero_info(f"{split}: {summary(self._tokenize(split), self.tasks)}")
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tasks and open the token cache."""
@@ -214,26 +209,17 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return self._evaluation_loader("test")
 
     def longest_batch(self, split: str, rows: int) -> Batch:
-        """A batch as large as batches of a set get, for what must know the worst case.
-
-        Its sources are the longest ones, each of another task where there are enough; its targets are filled up to the
-        longest of the whole set, because in a long run some batch has both.
+        """A batch as large as batches of a set get; see :func:`~diopt_lightning.data.sampling.longest_batch`.
 
         Args:
             split: The set; :meth:`setup` has read it.
-            rows: Rows of the batch, the longest first; they repeat where the set has fewer tasks.
+            rows: Rows of the batch.
         """
-        data, tokenizer = self._rows[split], self.tokenizer
-        lengths, tasks = data["length"][:], data["task"][:]
-        longest = {tasks[index]: index for index in sorted(range(len(lengths)), key=lengths.__getitem__)}
-        order = sorted(longest.values(), key=lengths.__getitem__, reverse=True)
-        draws = [(order[row % len(order)], 0) for row in range(rows)]
-        batch = Collator(tokenizer.pad_token_id)(TokenRows(data)[draws])
-        missing = max(len(ids) for targets in data["targets"][:] for ids in targets) - batch.labels.shape[1]
-        labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORED_LABEL)
-        return batch._replace(labels=labels.where(labels != IGNORED_LABEL, tokenizer.eos_token_id))
+        return longest_batch(self._rows[split], rows, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
 
-    def _read(self) -> None:
+    @cached_property
+    def _read(self) -> tuple[dict[str, Task], TaskSplits]:
+        """All tasks by name, and which set each is in."""
         if not self.root.is_dir():
             raise ConfigurationError(
                 f"There is no folder {self.root}: set `data.root` to the folder that holds `tasks/` and `splits/`."
@@ -242,84 +228,44 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         # The lists are checked against each other before anything is drawn, and before files are read.
         TaskSplits(lists["train"], lists.get("validation", ()), lists.get("dev", ()), lists["test"])
         tasks = read_tasks(self.root, [name for names in lists.values() for name in names])
-        for split, wanted in (("validation", self.validation_tasks), ("dev", self.dev_tasks)):
-            if split not in lists:
-                left = {name: tasks[name].category for name in lists["train"]}
-                count = count_tasks(f"data.{split}_tasks", wanted, len(left))
-                lists[split], lists["train"] = draw_tasks(left, count, self.split_seed, self.whole_categories)
-        self._tasks = tasks
-        self._splits = TaskSplits(lists["train"], lists["validation"], lists["dev"], lists["test"])
+        categories = {name: task.category for name, task in tasks.items()}
+        wanted = {"validation": self.validation_tasks, "dev": self.dev_tasks}
+        return tasks, drawn_splits(lists, categories, wanted, self.split_seed, self.whole_categories)
 
     def _tokenize(self, split: str) -> "Dataset":
-        tasks = self.tasks
-        reserved = self._reserved_length() if self._instructed(split) else 0
-        options = SourceTarget(
-            self.prompts[split], self._text_format(), self.max_source_length - reserved, self.max_target_length
-        )
-        names = set(getattr(self.splits, split))
-        chosen = [(i, task, self._instances(split, task)) for i, task in enumerate(tasks) if task.name in names]
-        return tokenize(chosen, self.tokenizer, options, self.cache_dir)
-
-    def _text_format(self) -> TextFormat:
-        """What the attached module's model has around texts; that of an encoder-decoder model if there is none."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        found: TextFormat | None = getattr(module, "text_format", None)
-        return found if found is not None else encoder_decoder_format(self.tokenizer)
-
-    def _instructed(self, split: str) -> bool:
-        """Whether the attached module puts a learned instruction before the sources of a set."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        evaluation = bool(getattr(module, "instructed_evaluation", False))
-        return split == "train" or (evaluation and split in ("dev", "test"))
-
-    def _reserved_length(self) -> int:
-        """Positions that the learned instruction of the attached module takes from the source limit."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        reserved: int = getattr(module, "instruction_length", 0)
+        tasks, reading = self.tasks, self._reading()
+        reserved = reading.reserved_length(split)
         if reserved >= self.max_source_length:
             raise ConfigurationError(
                 f"`data.max_source_length` is {self.max_source_length}, and the learned instruction alone takes "
                 f"{reserved} positions: raise the limit, or make the instruction shorter (`length`, `slots` or "
                 "`candidate_length`)."
             )
-        return reserved
-
-    def _instances(self, split: str, task: Task) -> list[int]:
-        available = range(len(task.instances))
-        if split in ("dev", "test"):
-            return list(available[: self.test_instances_per_task])
-        if len(available) <= self.instances_per_task:
-            return list(available)
-        return sorted(random.Random(f"instances/{self.seed}/{task.name}").sample(available, self.instances_per_task))
-
-    def _report(self, split: str, rows: "Dataset") -> None:
-        """Say once how much there is, and what was cut or dropped."""
-        tasks, all_tasks = self.split_tasks(split), self.tasks
-        column = {name: rows[name][:] for name in ("task", "instance", "cut_source", "cut_targets", "dropped_examples")}
-        empty = sum(
-            not all(output.strip() for output in all_tasks[task].instances[instance].outputs)
-            for task, instance in zip(column["task"], column["instance"], strict=True)
+        options = SourceTarget(
+            self.prompts[split], reading.text_format, self.max_source_length - reserved, self.max_target_length
         )
-        losses = {
-            "sources cut at the length limit": sum(column["cut_source"]),
-            "targets cut": sum(column["cut_targets"]),
-            "examples dropped from prompts because they did not fit": sum(column["dropped_examples"]),
-            "instances with an empty reference": empty,
-        }
-        said = "".join(f"; {number:,} {what}" for what, number in losses.items() if number)
-        rank_zero_info(f"{split}: {len(rows):,} instances of {len(tasks):,} tasks{said}")
+        names = set(getattr(self.splits, split))
+        evaluated = split in ("dev", "test")
+        number, seed = (self.test_instances_per_task, None) if evaluated else (self.instances_per_task, self.seed)
+        chosen = [(i, task, choose_instances(task, number, seed)) for i, task in enumerate(tasks) if task.name in names]
+        return tokenize(chosen, self.tokenizer, options, self.cache_dir)
+
+    def _reading(self) -> Reading:
+        """How the attached module's model reads texts; as an encoder-decoder model does if it does not say."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if isinstance(module, ReadsTexts):
+            return module.reading(self.tokenizer)
+        return Reading(encoder_decoder_format(self.tokenizer))
 
     def _train_loader(self, split: str, batch_size: int, num_batches: int | None) -> ResumableDataLoader:
-        rows = self._rows[split]
-        replicas, rank = self._processes()
+        rows, (replicas, rank) = self._rows[split], self._processes()
         sampler = TrainSampler(rows["length"][:], batch_size, self.seed, num_batches, replicas, rank)
         return ResumableDataLoader(
             TokenRows(rows), sampler, Collator(self.tokenizer.pad_token_id), self.num_workers, self.pin_memory
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        rows = self._rows[split]
-        replicas, rank = self._processes()
+        rows, (replicas, rank) = self._rows[split], self._processes()
         return DataLoader(
             TokenRows(rows),
             batch_size=None,

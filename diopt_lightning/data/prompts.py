@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diopt_lightning.data.tasks import Example, Task
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import require_at_least
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class PromptFormat:
     explanations: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("positive_examples", "negative_examples"):
-            if getattr(self, field) < 0:
-                raise ConfigurationError(f"`{field}` of a prompt must be 0 or more, got {getattr(self, field)}.")
+        positive, negative = self.positive_examples, self.negative_examples
+        require_at_least(0, of="a prompt", positive_examples=positive, negative_examples=negative)
 
 
 @dataclass(frozen=True)

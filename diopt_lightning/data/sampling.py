@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError
 
@@ -193,3 +195,25 @@ class ResumableDataLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from the position of :meth:`state_dict`."""
         self.handed_out = state["handed_out"]
+
+
+def longest_batch(rows: Any, number: int, pad_token_id: int, end_token_id: int) -> Batch:
+    """A batch as large as batches of a data set get, for what must know the worst case.
+
+    Its sources are the longest ones, each of another task where there are enough; its targets are filled up to the
+    longest of the whole set, because in a long run some batch has both.
+
+    Args:
+        rows: A dataset made by :func:`~diopt_lightning.data.tokenization.tokenize`.
+        number: Rows of the batch, the longest first; they repeat where the set has fewer tasks.
+        pad_token_id: What stands where a source has ended.
+        end_token_id: What stands where a target has.
+    """
+    lengths, tasks = rows["length"][:], rows["task"][:]
+    longest = {tasks[index]: index for index in sorted(range(len(lengths)), key=lengths.__getitem__)}
+    order = sorted(longest.values(), key=lengths.__getitem__, reverse=True)
+    draws = [(order[row % len(order)], 0) for row in range(number)]
+    batch = Collator(pad_token_id)(TokenRows(rows)[draws])
+    missing = max(len(ids) for targets in rows["targets"][:] for ids in targets) - batch.labels.shape[1]
+    labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORED_LABEL)
+    return batch._replace(labels=labels.where(labels != IGNORED_LABEL, end_token_id))

@@ -115,6 +115,33 @@ def read_split_lists(folder: Path, root: Path | None = None) -> dict[str, tuple[
     return lists
 
 
+def drawn_splits(
+    lists: Mapping[str, tuple[str, ...]],
+    categories: Mapping[str, str],
+    wanted: Mapping[str, float],
+    seed: int,
+    whole_categories: bool,
+) -> TaskSplits:
+    """The four sets, where those that have no list are drawn from the train tasks.
+
+    Args:
+        lists: Names of the tasks in each set that has a list.
+        categories: Name to category of all tasks.
+        wanted: How many tasks to draw for a set without a list, as a number or a fraction of what is left.
+        seed: Seed of the draws.
+        whole_categories: See :func:`draw_tasks`.
+
+    Raises:
+        ConfigurationError: If there are too few.
+    """
+    names = dict(lists)
+    for split in [split for split in wanted if split not in names]:
+        left = {name: categories[name] for name in names["train"]}
+        count = count_tasks(f"data.{split}_tasks", wanted[split], len(left))
+        names[split], names["train"] = draw_tasks(left, count, seed, whole_categories)
+    return TaskSplits(names["train"], names["validation"], names["dev"], names["test"])
+
+
 def count_tasks(argument: str, wanted: float, available: int) -> int:
     """Turn a number (1 or more, an integer) or a fraction (below 1) into a number of tasks.
 

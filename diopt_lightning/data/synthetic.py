@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.prompts import PromptFormat
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 BLANK = "blank"
 DEFINITION = "Answer with the word that belongs to this task"
@@ -64,10 +64,10 @@ class BlankExemplars:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"exemplars": 1, "dev_tasks": 0, "labels": 2}
-        for name in ("exemplars", "train_tasks", "validation_tasks", "dev_tasks", "test_tasks", "instances", "labels"):
-            if getattr(self, name) < least.get(name, 1):
-                raise ConfigurationError(f"`{name}` must be {least.get(name, 1)} or more, got {getattr(self, name)}.")
+        at_least_one = ("exemplars", "train_tasks", "validation_tasks", "test_tasks", "instances")
+        require_at_least(1, **{name: getattr(self, name) for name in at_least_one})
+        require_at_least(0, dev_tasks=self.dev_tasks)
+        require_at_least(2, labels=self.labels)
         if self.labels > len(LABELS):
             raise ConfigurationError(f"`labels` must be {len(LABELS)} or less, got {self.labels}.")
 

@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,14 @@ def matching_tasks(names: Sequence[str], patterns: str) -> list[str]:
                 f"`tasks`: there is no `{pattern}` among the {len(names)} train tasks; names that come near are {near}."
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def choose_instances(task: Task, number: int, seed: int | None) -> list[int]:
+    """Positions of up to ``number`` instances of a task: drawn at random, or the first ones where there is no seed."""
+    available = range(len(task.instances))
+    if seed is None or len(available) <= number:
+        return list(available[:number])
+    return sorted(random.Random(f"instances/{seed}/{task.name}").sample(available, number))
 
 
 def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:

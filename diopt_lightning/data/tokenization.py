@@ -123,6 +123,28 @@ def tokenize(
             enable_progress_bars()
 
 
+def summary(rows: "Dataset", tasks: Sequence[Task]) -> str:
+    """How much there is in a data set, and what was cut or dropped, as a sentence without its subject.
+
+    Args:
+        rows: What :func:`tokenize` has returned.
+        tasks: The tasks that its rows index.
+    """
+    column = {name: rows[name][:] for name in ("task", "instance", "cut_source", "cut_targets", "dropped_examples")}
+    empty = sum(
+        not all(output.strip() for output in tasks[task].instances[instance].outputs)
+        for task, instance in zip(column["task"], column["instance"], strict=True)
+    )
+    losses = {
+        "sources cut at the length limit": sum(column["cut_source"]),
+        "targets cut": sum(column["cut_targets"]),
+        "examples dropped from prompts because they did not fit": sum(column["dropped_examples"]),
+        "instances with an empty reference": empty,
+    }
+    said = "".join(f"; {number:,} {what}" for what, number in losses.items() if number)
+    return f"{len(rows):,} instances of {len(set(column['task'])):,} tasks{said}"
+
+
 def fingerprint(
     tasks: Sequence[tuple[int, Task, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, options: SourceTarget
 ) -> str:

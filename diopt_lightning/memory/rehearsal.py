@@ -22,7 +22,7 @@ from diopt_lightning.instructions import InstructionEmbeddings
 from diopt_lightning.memory.live import LiveMemory, Moment, aligned
 from diopt_lightning.memory.optimizers import optimizer_memory, with_states
 from diopt_lightning.modules import InstructionOptimization, InstructionTuning
-from diopt_lightning.modules.training import constants, evaluation_mode
+from diopt_lightning.modules.gradients import constants, evaluation_mode
 
 # One row is computed in other ways: nothing is summed over rows, and copies are views.
 FEW, MORE = 2, 3
@@ -65,7 +65,7 @@ class Rehearsal:
         """The parts of the peak of an inner step and, of a bilevel run, of an outer step."""
         module = self.module
         if isinstance(module, InstructionOptimization):
-            makers, parts = [module.inner_optimizer, module.outer_optimizer], module.micro_batches
+            makers, parts = [module.inner_level.make_optimizer, module.outer_level.make_optimizer], module.micro_batches
         else:
             makers, parts = [module.optimizer], 1
         optimized = [[p for g in opt.param_groups for p in g["params"]] for opt in self.trainer.optimizers]
@@ -136,7 +136,7 @@ class Rehearsal:
     def _inner_step(self, live: LiveMemory, batches: dict[str, Batch]) -> None:
         module = self.module
         if isinstance(module, InstructionOptimization):
-            accumulated, passes = module.inner_accumulation, min(module.inner_accumulation, 2)
+            accumulated, passes = module.inner_level.accumulation, min(module.inner_level.accumulation, 2)
         else:
             accumulated, passes = self.trainer.accumulate_grad_batches, 2
         with live:
@@ -169,11 +169,11 @@ class Rehearsal:
         with micro_batches(module, parts), self.trainer.precision_plugin.train_step_context(), live:
             problem = module.problem([inner], outer)
             if not self.trainer.optimizers[0].state:
-                later = with_states(module.inner_optimizer, problem.inner_parameters)
+                later = with_states(module.inner_level.make_optimizer, problem.inner_parameters)
                 problem = replace(problem, inner_optimizer=later)
             observe(estimator, problem, live)
             clear_gradients(module)
-            number = module.outer_accumulation - 1
+            number = module.outer_level.accumulation - 1
             earlier = [torch.zeros_like(parameter) for parameter in problem.outer_parameters for _ in range(number)]
             with evaluation_mode(module):
                 estimator(marked(problem, live))

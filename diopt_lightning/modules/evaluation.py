@@ -1,69 +1,66 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
-from torchmetrics import MetricCollection
+from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.backbones.frozen import add_frozen, drop_frozen
 from diopt_lightning.backbones.sharding import gathered, shard
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.data.reading import Reading
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.data.text_format import TextFormat
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Instruction, InstructionEmbeddings
-from diopt_lightning.metrics import ExactMatch, RougeL
+from diopt_lightning.modules.predictions import Metrics, Prediction, predictions_of
 from diopt_lightning.modules.strategies import sharding_mesh
-
-
-class Prediction(TypedDict):
-    """A line of the official predictions file, and what it is about.
-
-    The official evaluation reads ``id`` and ``prediction``.
-    """
-
-    id: str
-    prediction: str
-    references: list[str]
-    task: str
-    category: str
 
 
 class InstructionEvaluation(pl.LightningModule):
     """Builds backbone and instruction from the data module, and tests on tasks with human-written instructions.
 
-    Subclasses set the three attributes in their constructor.
+    Args:
+        backbone: The language model theta.
+        instruction: The learnable instruction, or ``None``.
+        max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
+        instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
+            for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
 
     Attributes:
-        backbone: The language model.
-        instruction: The learnable instruction, or ``None``.
-        max_new_tokens: Tokens that are generated at most.
-        instructed_evaluation: Whether dev and test tasks are given the learned instruction, before their own.
+        is_built: Whether model and instruction have been made.
         scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
+
+    Raises:
+        ConfigurationError: If ``max_new_tokens`` is below 1.
     """
 
-    backbone: Backbone
-    instruction: Instruction | None
-    max_new_tokens: int
-    instructed_evaluation: bool
-    scores: dict[str, dict[str, float]]
-    _returned: Mapping[str, Any] | None = None
+    def __init__(
+        self,
+        backbone: Backbone,
+        instruction: Instruction | None = None,
+        max_new_tokens: int = 128,
+        instructed_evaluation: bool = False,
+    ) -> None:
+        super().__init__()
+        require_at_least(1, max_new_tokens=max_new_tokens)
+        self.backbone = backbone
+        self.instruction = instruction
+        self.max_new_tokens = max_new_tokens
+        self.instructed_evaluation = instructed_evaluation
+        self.is_built = False
+        self.scores: dict[str, dict[str, float]] = {}
+        self._returned: Mapping[str, Any] | None = None
 
-    @property
-    def instruction_length(self) -> int:
-        """Positions that the learned instruction takes from the source limit; the data module asks for it."""
-        return self.instruction.length if self.instruction is not None else 0
-
-    @property
-    def text_format(self) -> TextFormat:
-        """What stands around sources and targets; the data module asks for it."""
-        return self.backbone.text_format(self.data.tokenizer)
+    def reading(self, tokenizer: PreTrainedTokenizerBase) -> Reading:
+        """How texts are read; see :class:`~diopt_lightning.data.reading.ReadsTexts`."""
+        length = self.instruction.length if self.instruction is not None else 0
+        return Reading(self.backbone.text_format(tokenizer), length, self.instructed_evaluation)
 
     @property
     def data(self) -> NaturalInstructionsDataModule:
@@ -88,7 +85,7 @@ class InstructionEvaluation(pl.LightningModule):
         Raises:
             ConfigurationError: If the instruction or the trainer's strategy does not fit.
         """
-        if hasattr(self, "scores"):
+        if self.is_built:
             return
         mesh = sharding_mesh(self.trainer)
         self.backbone.build(self.data.tokenizer)
@@ -104,7 +101,7 @@ class InstructionEvaluation(pl.LightningModule):
             categories = {task.name: task.category for task in self.data.split_tasks(stage)}
             if categories:
                 setattr(self, f"{stage}_metrics", Metrics(categories))
-        self.scores = {}
+        self.is_built = True
         if self._returned is not None:
             self.load_state_dict(self._returned)
             self._returned = None
@@ -114,7 +111,7 @@ class InstructionEvaluation(pl.LightningModule):
 
         ``ddp_spawn`` and ``ddp_fork`` make and train it in other processes, and return its weights to this one.
         """
-        if hasattr(self, "scores"):
+        if self.is_built:
             return super().load_state_dict(state_dict, strict, assign)
         self._returned = state_dict
         return _IncompatibleKeys([], [])
@@ -153,7 +150,11 @@ class InstructionEvaluation(pl.LightningModule):
                 size.
         """
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("instruction", {})
+        self._check_instruction(checkpoint.get("instruction", {}))
+        check_shapes(self.state_dict(), checkpoint)
+        add_frozen(self.backbone, checkpoint)
+
+    def _check_instruction(self, saved: Mapping[str, Any]) -> None:
         form = type(self.instruction).__name__ if self.instruction is not None else "none"
         if saved.get("form", "none") != form:
             raise ConfigurationError(
@@ -161,27 +162,7 @@ class InstructionEvaluation(pl.LightningModule):
                 f"is {form}: give the configuration that the checkpoint was written with."
             )
         if self.instruction is not None and self.instruction.has_a_row_for_each_task:
-            tasks = [task.name for task in self.data.split_tasks("train")]
-            differing = sorted(set(saved["tasks"]) ^ set(tasks))
-            if differing or saved["tasks"] != tasks:
-                what = (
-                    f"`{differing[0]}` is the first of {len(differing)} that differ"
-                    if differing
-                    else "in another order"
-                )
-                raise ConfigurationError(
-                    f"The checkpoint's {form} is for {len(saved['tasks'])} train tasks, and the data has {len(tasks)}; "
-                    f"{what}: give the data and the splits that it was trained on."
-                )
-        own = self.state_dict()
-        # A checkpoint of sharded weights is a folder, from which the strategy has read them already.
-        for name, value in checkpoint.get("state_dict", {}).items():
-            if isinstance(value, Tensor) and name in own and own[name].shape != value.shape:
-                raise ConfigurationError(
-                    f"`{name}` has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in "
-                    "the model: give the configuration that the checkpoint was written with."
-                )
-        add_frozen(self.backbone, checkpoint)
+            check_tasks(form, saved["tasks"], [task.name for task in self.data.split_tasks("train")])
 
     def describe_instruction(self) -> dict[str, Any]:
         """Return what was learned, as numbers and text alone.
@@ -261,20 +242,7 @@ class InstructionEvaluation(pl.LightningModule):
     def _predict(self, batch: Batch) -> list[Prediction]:
         outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
         texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        tasks = self.data.tasks
-        predictions: list[Prediction] = []
-        for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
-            task, instance = tasks[t], tasks[t].instances[i]
-            predictions.append(
-                {
-                    "id": instance.id,
-                    "prediction": text.strip(),
-                    "references": list(instance.outputs),
-                    "task": task.name,
-                    "category": task.category,
-                }
-            )
-        return predictions
+        return predictions_of(texts, batch, self.data.tasks)
 
     def _log_scores(self, stage: str) -> None:
         """Show the means over all, and hand those per category and per task to the loggers only: they are many."""
@@ -289,28 +257,31 @@ class InstructionEvaluation(pl.LightningModule):
             logger.log_metrics(details, step=self.global_step)
 
 
-class Metrics(MetricCollection):
-    """ROUGE-L and exact match of predictions.
+def check_tasks(form: str, saved: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse a checkpoint whose rows are for other train tasks.
 
-    Args:
-        categories: The category of each task.
+    Raises:
+        ConfigurationError: If the tasks, or their order, differ.
     """
-
-    def __init__(self, categories: dict[str, str]) -> None:
-        super().__init__({"rougeL": RougeL(categories), "exact_match": ExactMatch(categories)}, compute_groups=False)
-
-    def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]
-        """Add predictions."""
-        super().update(
-            [prediction["prediction"] for prediction in predictions],
-            [prediction["references"] for prediction in predictions],
-            [prediction["task"] for prediction in predictions],
+    differing = sorted(set(saved) ^ set(given))
+    if list(saved) != list(given):
+        what = f"`{differing[0]}` is the first of {len(differing)} that differ" if differing else "in another order"
+        raise ConfigurationError(
+            f"The checkpoint's {form} is for {len(saved)} train tasks, and the data has {len(given)}; {what}: give the "
+            "data and the splits that it was trained on."
         )
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``METRIC/all``, ``METRIC/category/NAME`` and ``METRIC/task/NAME``."""
-        return {
-            f"{name}/{group}": value
-            for name, metric in self.items(keep_base=True)
-            for group, value in metric.compute().items()
-        }
+
+def check_shapes(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights have other shapes.
+
+    Raises:
+        ConfigurationError: If one has.
+    """
+    # A checkpoint of sharded weights is a folder, from which the strategy has read them already.
+    for name, value in checkpoint.get("state_dict", {}).items():
+        if isinstance(value, Tensor) and name in own and own[name].shape != value.shape:
+            raise ConfigurationError(
+                f"`{name}` has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in "
+                "the model: give the configuration that the checkpoint was written with."
+            )

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from diopt_lightning.backbones import Backbone
 from diopt_lightning.bilevel import ProcessAverage
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
+from diopt_lightning.modules.gradients import gradient_norm
+from diopt_lightning.modules.micro_batches import process_weight
 from diopt_lightning.modules.skipping import SkippedSteps
-from diopt_lightning.modules.strategies import sharding_mesh
-from diopt_lightning.modules.training import gradient_norm, share
+from diopt_lightning.modules.strategies import scales_losses, sharding_mesh
 
 
 class InstructionTuning(InstructionEvaluation):
@@ -42,9 +43,8 @@ class InstructionTuning(InstructionEvaluation):
         instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
         scheduler: Makes a learning rate scheduler that advances after every optimizer step.
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
-        max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
-        instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
-            for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
+        options: ``max_new_tokens`` and ``instructed_evaluation``, as in
+            :class:`~diopt_lightning.InstructionOptimization`.
 
     Raises:
         ConfigurationError: If an argument is out of range.
@@ -62,23 +62,16 @@ class InstructionTuning(InstructionEvaluation):
         instruction_lr: float = 1e-2,
         scheduler: LRSchedulerCallable | None = None,
         skip_limit: int = 10,
-        max_new_tokens: int = 128,
-        instructed_evaluation: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, instruction, **options)
         if not instruction_lr > 0:
             raise ConfigurationError(f"`instruction_lr` must be positive, got {instruction_lr}.")
-        for name, number in {"skip_limit": skip_limit, "max_new_tokens": max_new_tokens}.items():
-            if number < 1:
-                raise ConfigurationError(f"`{name}` must be 1 or more, got {number}.")
-        self.backbone = backbone
-        self.instruction = instruction
+        require_at_least(1, skip_limit=skip_limit)
         # Not a default in the signature, for the reason given in BilevelModule.
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
-        self.max_new_tokens = max_new_tokens
-        self.instructed_evaluation = instructed_evaluation
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
 
@@ -88,22 +81,21 @@ class InstructionTuning(InstructionEvaluation):
         if self.instruction is not None:
             instruction = self.instruction(inner_batch, self.backbone.embed)
         loss = self.backbone.loss(inner_batch, instruction)
-        loss = share(inner_batch.target_tokens, self._average, self.device) * loss
+        loss = process_weight(inner_batch.target_tokens, self._average, self.device) * loss
         (inner_loss,) = self._average([loss.detach()])
         self.log("inner_loss", inner_loss, prog_bar=True)
         return {"loss": loss, "inner_loss": inner_loss}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leave the optimizer no gradients, and so no step to take, where one of them is not finite."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if scales_losses(self.trainer):
             return  # which skips such steps itself, in search of a scale
         size = gradient_norm([parameter for group in optimizer.param_groups for parameter in group["params"]])
         if size.isfinite():
             self._skipped.taken()
             return
         optimizer.zero_grad()
-        self._skipped.skip("inner", f"the norm of the inner gradient is {size.item()}.", self.trainer)
-        self.log("skipped_inner_steps", float(self._skipped.total["inner"]))
+        self._skipped.skip("inner", f"the norm of the inner gradient is {size.item()}.", self)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, and let schedules of the instruction follow."""

@@ -6,7 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -47,13 +47,13 @@ class SkippedSteps:
         """A step was taken."""
         self.in_a_row = 0
 
-    def skip(self, level: str, why: str, trainer: Trainer) -> None:
+    def skip(self, level: str, why: str, module: LightningModule) -> None:
         """Count a step that is not taken, and say so.
 
         Args:
             level: ``inner`` or ``outer``.
             why: What was not finite.
-            trainer: The trainer, whose checkpoint is named where the run ends.
+            module: Logs the count; its trainer's last checkpoint is named where the run ends.
 
         Raises:
             TrainingError: If it is one too many.
@@ -64,8 +64,9 @@ class SkippedSteps:
         if self.in_a_row >= self.limit:
             raise TrainingError(
                 f"{self.in_a_row} steps in a row were skipped (`skip_limit`), the last one because: {why} "
-                f"{last_checkpoint(trainer)} Lower the learning rates or the solver's step size before going on."
+                f"{last_checkpoint(module.trainer)} Lower the learning rates or the solver's step size before going on."
             )
+        module.log(f"skipped_{level}_steps", float(self.total[level]))
 
 
 class OuterNorms:

@@ -63,6 +63,24 @@ def check_strategy(trainer: Trainer, estimator: HypergradientEstimator) -> None:
         )
 
 
+def scales_losses(trainer: Trainer) -> bool:
+    """Whether the trainer's precision multiplies losses by a scale, so that small gradients survive half precision."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def refuse_loss_scaling(trainer: Trainer) -> None:
+    """Refuse a precision whose scale would reach the hypergradient.
+
+    Raises:
+        ConfigurationError: If the trainer's is one.
+    """
+    if scales_losses(trainer):
+        raise ConfigurationError(
+            f"`trainer.precision` is {trainer.precision}, whose loss scaling would divide the hypergradient "
+            "by the scale: use `32-true` or `bf16-mixed`."
+        )
+
+
 def named(estimator: HypergradientEstimator) -> str:
     """What an estimator is, with its product where it has one."""
     name = type(estimator).__name__

@@ -9,7 +9,7 @@ import numpy
 import torch
 
 
-def present(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator of this process, as plain data and tensors."""
     _, numbers, *rest = numpy.random.get_state()  # noqa: NPY002  (the state of the code that does not use a generator)
     return {
@@ -20,7 +20,7 @@ def present(device: torch.device) -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put every generator of this process into a state."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
@@ -33,9 +33,9 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
 @contextmanager
 def drawing_from(state: dict[str, Any], device: torch.device) -> Iterator[None]:
     """Draw random numbers from an earlier state meanwhile."""
-    now = present(device)
-    restore(state, device)
+    now = random_state(device)
+    set_random_state(state, device)
     try:
         yield
     finally:
-        restore(now, device)
+        set_random_state(now, device)

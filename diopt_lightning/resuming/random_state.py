@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
-from diopt_lightning.resuming.random_numbers import present, restore
+from diopt_lightning.resuming.random_numbers import random_state, set_random_state
 
 
 class RandomState(pl.Callback):
@@ -29,13 +29,13 @@ class RandomState(pl.Callback):
     ) -> None:
         """Go on where the last batch has ended."""
         if self._state is not None:
-            restore(self._state, pl_module.device)
+            set_random_state(self._state, pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep where the batch has ended."""
-        self._state = present(pl_module.device)
+        self._state = random_state(pl_module.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all processes, after the last batch; they must ask together."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
 from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
-from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm
+from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ class HypergradientEstimator(ABC):
         """Restore what :meth:`memory` returned, together with the inner losses of the steps."""
         if memory:
             raise ValueError(f"{type(self).__name__} remembers no steps, got those of another.")
+
+
+def mean_hypergradient(estimates: Sequence[Hypergradient]) -> Hypergradient:
+    """The mean of several estimates; of a statistic, over those that have it."""
+    gradient = estimates[0].gradient
+    for estimate in estimates[1:]:
+        gradient = add(gradient, estimate.gradient)
+    statistics = {}
+    for name in sorted(set[str]().union(*(estimate.statistics for estimate in estimates))):
+        values = [estimate.statistics[name] for estimate in estimates if name in estimate.statistics]
+        statistics[name] = sum(values) / len(values)
+    return Hypergradient(
+        scale(gradient, 1 / len(estimates)),
+        torch.stack([estimate.outer_loss for estimate in estimates]).mean(),
+        torch.stack([estimate.inner_loss for estimate in estimates]).mean(),
+        statistics,
+    )
 
 
 def outer_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:

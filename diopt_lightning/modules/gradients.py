@@ -1,4 +1,4 @@
-"""Small parts of a training step."""
+"""Gradients of parameters, and the modes of modules, around a step of training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diopt_lightning.bilevel import ProcessAverage
-from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.bilevel.sharding import any_sharded, shards
 from diopt_lightning.bilevel.vectors import norm
 
@@ -58,22 +56,3 @@ def clip(parameters: Sequence[nn.Parameter], size: Tensor, limit: float | None) 
         nn.utils.clip_grads_with_norm_(parameters, limit, size)
         return
     torch._foreach_mul_(shards(gradients), (limit / (size + 1e-6)).clamp(max=1.0))
-
-
-def share(weight: float, average: ProcessAverage, device: torch.device) -> float:
-    """What a batch counts among those of all processes, one on average.
-
-    Processes are averaged, and their losses are means over unequal numbers (of target tokens, say): weighted so, the
-    average is the loss of the global batch.
-
-    Args:
-        weight: What the loss of this process's batch is a mean over.
-        average: The average over processes.
-        device: Where the processes meet.
-    """
-    if not several_processes():
-        return 1.0
-    # Not of the default precision, in which a run in bfloat16 could not count to a thousand.
-    own = torch.tensor([weight], dtype=torch.float64, device=device)
-    (mean,) = average([own])
-    return (own / mean).item()

@@ -1,0 +1,138 @@
+"""Losses of batches that are computed in parts, and weighed among those of other processes."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from diopt_lightning.bilevel import MicroBatches, ProcessAverage
+from diopt_lightning.bilevel.distributed import several_processes
+from diopt_lightning.bilevel.problem import Loss
+from diopt_lightning.errors import ConfigurationError, require_at_least
+
+
+class MicroBatched(pl.LightningModule):
+    r"""A module whose losses are means, over batches that may be computed in parts and differ between processes.
+
+    The loss of the global batch is :math:`\sum_i w_i L_i / \sum_i w_i` over the parts of the batches of all processes,
+    where a loss :math:`L_i` is a mean over :math:`w_i` rows (or target tokens; see :meth:`batch_weight`).
+
+    Args:
+        micro_batches: Parts in which every batch is computed, one at a time.
+        options: Those of further base classes.
+    """
+
+    def __init__(self, micro_batches: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        require_at_least(1, micro_batches=micro_batches)
+        self.micro_batches = micro_batches
+        self._average = ProcessAverage()
+
+    def split_batch(self, batch: Any, parts: int) -> list[Any]:
+        """Split a batch into at most so many parts, each a batch; override it for batches of another make.
+
+        Default: all tensors in the batch are split along their first dimension.
+
+        Raises:
+            ConfigurationError: If there is no tensor to split, or they differ in length.
+        """
+        leaves, structure = tree_flatten(batch)
+        lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ConfigurationError(
+                f"`micro_batches` is {parts}, and a batch can be split only if its tensors are of one length, got "
+                f"{sorted(lengths)}: override `split_batch`, or set `micro_batches` to 1."
+            )
+        columns = [leaf.chunk(parts) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        count = next(len(column) for column in columns if isinstance(column, tuple))
+        return [
+            tree_unflatten([column[index] if isinstance(column, tuple) else column for column in columns], structure)
+            for index in range(count)
+        ]
+
+    def batch_weight(self, batch: Any) -> float:
+        """What a loss of the batch is the mean over; override it where that is not rows. Default: rows.
+
+        It weighs micro-batches, and the batches of processes where they differ.
+        """
+        rows = (len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() > 0)
+        return float(next(rows, 1))
+
+    def weighted_parts(self, batch: Any) -> list[tuple[Any, float]]:
+        """The micro-batches of a batch, and which share of its loss each has; the shares sum to one."""
+        if self.micro_batches == 1:
+            return [(batch, 1.0)]
+        parts = self.split_batch(batch, self.micro_batches)
+        sizes = [self.batch_weight(part) for part in parts]
+        return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
+
+    def process_weight(self, batch: Any) -> float:
+        """What the loss of a batch counts among those of all processes; see :func:`process_weight`."""
+        return process_weight(self.batch_weight(batch), self._average, self.device)
+
+    def add_gradient(self, loss: Callable[[Any], Tensor], batch: Any, accumulation: int, exchange: bool) -> Tensor:
+        """Add the gradient of the loss of a batch to what stands in ``.grad``, one micro-batch at a time.
+
+        Args:
+            loss: The loss.
+            batch: The batch.
+            accumulation: Batches whose gradients are averaged.
+            exchange: Whether processes exchange what they have accumulated, which they do with the last backward pass.
+
+        Returns:
+            The loss of the global batch, a detached scalar.
+        """
+        parts, factor = self.weighted_parts(batch), self.process_weight(batch)
+        total = torch.zeros((), device=self.device)
+        for number, (part, weight) in enumerate(parts, start=1):
+            with self._exchange(exchange and number == len(parts)):
+                value = factor * weight * loss(part)
+                self.manual_backward(value / accumulation)
+            total = total + value.detach()
+        (mean,) = self._average([total])
+        return mean
+
+    def _exchange(self, now: bool) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not now else nullcontext()
+
+    def mean_loss(self, loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> Loss | MicroBatches:
+        """The mean of a loss over batches, each computed in micro-batches, for the engine to evaluate."""
+        parts: list[Loss] = []
+        weights: list[float] = []
+        for batch in batches:
+            factor = self.process_weight(batch)
+            for part, weight in self.weighted_parts(batch):
+                parts.append(partial(scaled, loss, part, factor))
+                weights.append(weight)
+        return parts[0] if len(parts) == 1 else MicroBatches(parts, weights)
+
+
+def scaled(loss: Callable[[Any], Tensor], batch: Any, factor: float) -> Tensor:
+    """A multiple of the loss of a batch; the loss itself where the factor is one, whatever it is."""
+    return loss(batch) if factor == 1.0 else factor * loss(batch)
+
+
+def process_weight(weight: float, average: ProcessAverage, device: torch.device) -> float:
+    """What the loss of this process's batch counts among those of all processes, one on average.
+
+    Processes are averaged, and their losses are means over unequal numbers (of target tokens, say): weighted so, the
+    average is the loss of the global batch. All processes must ask together.
+
+    Args:
+        weight: What the loss of this process's batch is a mean over.
+        average: The average over processes.
+        device: Where the processes meet.
+    """
+    if not several_processes():
+        return 1.0
+    # Not of the default precision, in which a run in bfloat16 could not count to a thousand.
+    own = torch.tensor([weight], dtype=torch.float64, device=device)
+    (mean,) = average([own])
+    return (own / mean).item()

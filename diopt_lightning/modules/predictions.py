@@ -1,0 +1,74 @@
+"""What a model says about dev and test instances, and how good that is."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.tasks import Task
+from diopt_lightning.metrics import ExactMatch, RougeL
+
+
+class Prediction(TypedDict):
+    """A line of the official predictions file, and what it is about.
+
+    The official evaluation reads ``id`` and ``prediction``.
+    """
+
+    id: str
+    prediction: str
+    references: list[str]
+    task: str
+    category: str
+
+
+def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) -> list[Prediction]:
+    """What was generated for the instances of a batch, with what it is about.
+
+    Args:
+        texts: The generated texts, one for each row.
+        batch: The batch.
+        tasks: The tasks that its rows index.
+    """
+    predictions: list[Prediction] = []
+    for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
+        task, instance = tasks[t], tasks[t].instances[i]
+        predictions.append(
+            {
+                "id": instance.id,
+                "prediction": text.strip(),
+                "references": list(instance.outputs),
+                "task": task.name,
+                "category": task.category,
+            }
+        )
+    return predictions
+
+
+class Metrics(MetricCollection):
+    """ROUGE-L and exact match of predictions.
+
+    Args:
+        categories: The category of each task.
+    """
+
+    def __init__(self, categories: dict[str, str]) -> None:
+        super().__init__({"rougeL": RougeL(categories), "exact_match": ExactMatch(categories)}, compute_groups=False)
+
+    def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]
+        """Add predictions."""
+        super().update(
+            [prediction["prediction"] for prediction in predictions],
+            [prediction["references"] for prediction in predictions],
+            [prediction["task"] for prediction in predictions],
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``METRIC/all``, ``METRIC/category/NAME`` and ``METRIC/task/NAME``."""
+        return {
+            f"{name}/{group}": value
+            for name, metric in self.items(keep_base=True)
+            for group, value in metric.compute().items()
+        }

@@ -1,0 +1,111 @@
+"""A bilevel problem as a Lightning module: two losses, two levels of parameters, and who differentiates what."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from diopt_lightning.bilevel import BilevelProblem, Hypergradient, HypergradientEstimator
+from diopt_lightning.bilevel.sharding import any_sharded
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.modules.gradients import evaluation_mode
+from diopt_lightning.modules.level import Level
+from diopt_lightning.modules.micro_batches import MicroBatched
+from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling
+
+
+class TwoLevels(MicroBatched, ABC):
+    r"""Two losses and two groups of parameters, each with its optimizer: what is optimized, and not yet in which order.
+
+    Args:
+        hypergradient: Estimates :math:`dL_{val}/d\phi`.
+        inner_level: How :math:`\theta` is optimized.
+        outer_level: How :math:`\phi` is optimized.
+        options: Those of further base classes.
+    """
+
+    def __init__(
+        self, hypergradient: HypergradientEstimator, inner_level: Level, outer_level: Level, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.hypergradient = hypergradient
+        self.inner_level = inner_level
+        self.outer_level = outer_level
+
+    @abstractmethod
+    def inner_loss(self, batch: Any) -> Tensor:
+        r"""Return :math:`L_{train}(\theta, \phi)` of a batch of the inner loader, a scalar."""
+
+    @abstractmethod
+    def outer_loss(self, batch: Any) -> Tensor:
+        r"""Return :math:`L_{val}(\theta, \phi)` of a batch of the outer loader, a scalar."""
+
+    @abstractmethod
+    def outer_parameters(self) -> Sequence[nn.Parameter]:
+        r"""Return :math:`\phi`."""
+
+    def inner_parameters(self) -> Sequence[nn.Parameter]:
+        r"""Return :math:`\theta`. Default: all parameters that require a gradient and are not outer."""
+        outer = {id(parameter) for parameter in self.outer_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in outer]
+
+    def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
+        """Estimate the hypergradient at the current parameters, with dropout off.
+
+        Dropout that is drawn anew in every product would be a different system in each of them.
+        """
+        with evaluation_mode(self):
+            return self.hypergradient(self.problem([inner_batch], outer_batch))
+
+    def problem(self, inner_batches: Sequence[Any], outer_batch: Any) -> BilevelProblem:
+        """Return the bilevel problem of these batches at the current parameters, for the engine."""
+        attached = self._trainer is not None or self._fabric is not None
+        return BilevelProblem(
+            inner_loss=self.mean_loss(self.inner_loss, inner_batches),
+            outer_loss=self.mean_loss(self.outer_loss, [outer_batch]),
+            inner_parameters=self.inner_parameters(),
+            outer_parameters=self.outer_parameters(),
+            average=self._average,
+            inner_optimizer=self.optimizers(use_pl_optimizer=False)[0] if attached else None,  # type: ignore[index]
+            inner_gradient_clip=self.inner_level.gradient_clip,
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make both optimizers and their schedulers; the inner level comes first.
+
+        Raises:
+            ConfigurationError: If the trainer's strategy cannot carry the estimator, or a scheduler needs a metric.
+        """
+        if self._trainer is not None:
+            # Before an optimizer meets a strategy that fails with it, and names no way out.
+            check_strategy(self.trainer, self.hypergradient)
+        inner = self.inner_level.configure(self.inner_parameters())
+        return inner, self.outer_level.configure(self.outer_parameters())  # type: ignore[return-value]
+
+    def on_fit_start(self) -> None:
+        """Refuse what cannot work, and let all processes start from the same outer parameters.
+
+        Raises:
+            ConfigurationError: If the trainer's precision scales the loss, or outer parameters are sharded.
+        """
+        refuse_loss_scaling(self.trainer)
+        if any_sharded(self.outer_parameters()):
+            raise ConfigurationError(
+                "Outer parameters are sharded: call `fully_shard` on the modules of the inner level alone."
+            )
+        for parameter in self.outer_parameters():
+            # By way of the CPU: a broadcast tensor arrives on the device that it was sent from.
+            parameter.data.copy_(self.trainer.strategy.broadcast(parameter.data.cpu()))
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Keep the outer parameters out of DDP's reducer, which otherwise waits for their gradients in inner steps.
+
+        ``DistributedDataParallel`` reads this attribute of the module that it wraps.
+        """
+        outer = {id(parameter) for parameter in self.outer_parameters()}
+        names = [name for name, parameter in self.named_parameters(remove_duplicate=False) if id(parameter) in outer]
+        # One of DDP's two look-ups joins a module's name and the parameter's by a dot; the module itself has no name.
+        return [*names, *(f".{name}" for name in names)]
