@@ -13,21 +13,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from diopt_lightning.callbacks import (
-    Interruption,
-    LearnedInstructions,
-    OptimizerOptions,
-    RandomState,
-    Results,
-    UnfinishedValidation,
-)
+from diopt_lightning.callbacks import standard_callbacks
 from diopt_lightning.errors import ConfigurationError, TrainingError
 from diopt_lightning.rebuilding import OPTIONS
-from diopt_lightning.resuming.checkpoint_finding import find, say
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
-from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
-from diopt_lightning.resuming.interruption import Interrupted
-from diopt_lightning.resuming.kept_config import KeptConfig
+from diopt_lightning.resuming import Interrupted, KeptConfig, WholeCheckpoints, find_checkpoint, read_checkpoint
+from diopt_lightning.resuming.messages import say
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
 # arguments are the command's, and its docstring is the help.
@@ -78,7 +68,9 @@ class DioptCLI(LightningCLI):
     def _find_checkpoint(self, subcommand: str) -> None:
         """Put a path in the place of ``last``, and refuse what is no checkpoint before anything is built."""
         options = self.config_init[subcommand]
-        options["ckpt_path"] = find(options["ckpt_path"], Path(self.trainer.default_root_dir), subcommand == "fit")
+        options["ckpt_path"] = find_checkpoint(
+            options["ckpt_path"], Path(self.trainer.default_root_dir), subcommand == "fit"
+        )
 
     def after_fit(self) -> None:
         """Say if there was nothing left to do, and run the test tasks if asked for."""
@@ -92,12 +84,6 @@ class DioptCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def recorders() -> list[pl.Callback]:
-    """The callbacks of every run; the last one stops it, when the others have kept what they keep."""
-    kept = [RandomState(), OptimizerOptions(), UnfinishedValidation(), Results(), LearnedInstructions()]
-    return [*kept, Interruption()]
-
-
 def run(args: ArgsType = None) -> DioptCLI:
     """Parse arguments and run the subcommand.
 
@@ -108,7 +94,7 @@ def run(args: ArgsType = None) -> DioptCLI:
         **OPTIONS,
         parser_kwargs={"epilog": f"What trains nothing, each with its own --help: diopt {' | '.join(COMMANDS)}"},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": recorders()},
+        trainer_defaults={"callbacks": standard_callbacks()},
         save_config_callback=KeptConfig,
         save_config_kwargs={"overwrite": True},
         args=args,

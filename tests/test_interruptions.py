@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path
 
 from diopt_lightning.cli import main
-from diopt_lightning.resuming.checkpoint_finding import checkpoints, newest
+from diopt_lightning.resuming.checkpoint_finding import checkpoints, newest_checkpoint
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from tests.interruptions import Run
 from tests.test_cli import small_run
@@ -53,7 +53,7 @@ def command(root: Path, processes: int = 1, workers: int = 0) -> list[str]:
 
 def final(root: Path) -> dict[str, Any]:
     """What a run has come to."""
-    path = newest(root, training=True)
+    path = newest_checkpoint(root, training=True)
     assert path is not None
     return read_checkpoint(path)
 
@@ -141,11 +141,11 @@ def test_told_to_stop(number, processes, ranks, uninterrupted, tmp_path):
     run.send(number, ranks)
     assert run.status() == 128 + number, run.said.read_text()
     said = run.said.read_text()
-    (line,) = [line for line in said.splitlines() if line.startswith("Stopped by")]
-    assert line.startswith(f"Stopped by {number.name} at step ")
+    (line,) = [line for line in said.splitlines() if line.startswith("diopt: Stopped by")]
+    assert line.startswith(f"diopt: Stopped by {number.name} at step ")
     assert "Traceback" not in said
     (saved,) = [path for path in checkpoints(root) if path.name.startswith("interrupted-")]
-    assert newest(root, training=True) == saved
+    assert newest_checkpoint(root, training=True) == saved
     going_on = shlex.split(line.split("To go on: ")[1])
     assert going_on == ["diopt", "fit", "--config", str(saved.parents[1] / "config.yaml"), "--ckpt_path", "last"] or (
         going_on[3] == str((saved.parents[1] / "config.yaml").relative_to(Path.cwd()))
@@ -176,7 +176,7 @@ def test_the_last_checkpoint_is_the_newest_sound_one_and_a_finished_run_says_so(
     arguments = [*command(tmp_path), "--ckpt_path=last", "--trainer.max_epochs=1"]
     assert main(arguments) == 0
     assert "no checkpoint" in capfd.readouterr().err
-    path = newest(tmp_path, training=True)
+    path = newest_checkpoint(tmp_path, training=True)
     assert path is not None
     (tmp_path / "zzz.ckpt").write_bytes(path.read_bytes()[:-1000])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
@@ -238,6 +238,6 @@ def stopped_run(tmp_path_factory) -> Path:
     """The checkpoint of a run."""
     root = tmp_path_factory.mktemp("stopped")
     assert main([*command(root), "--trainer.max_epochs=1"]) == 0
-    path = newest(root, training=True)
+    path = newest_checkpoint(root, training=True)
     assert path is not None
     return path

@@ -30,7 +30,7 @@ from diopt_lightning.bilevel import (
 from diopt_lightning.bilevel.sharding import is_sharded, whole
 from diopt_lightning.callbacks import LearnedInstructions, Results
 from diopt_lightning.instructions import EmbedderDP
-from diopt_lightning.resuming.checkpoint_finding import find
+from diopt_lightning.resuming.checkpoint_finding import find_checkpoint
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
 from tests.processes import on_two_processes, sharding_trainer
@@ -169,7 +169,7 @@ def test_a_resumed_run_that_shares_a_model_is_the_uninterrupted_one(in_parts, ba
         expected = run(4)
         (saved,) = (tmp_path / "kept").glob("*step=2.ckpt")
         assert saved.is_dir() == in_parts
-        assert find(saved, tmp_path, training=True) == str(saved)
+        assert find_checkpoint(saved, tmp_path, training=True) == str(saved)
         found = run(4, saved)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

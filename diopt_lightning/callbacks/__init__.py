@@ -1,13 +1,11 @@
-"""Callbacks: what is saved, drawn and shown."""
+"""Callbacks: what is saved, drawn and shown; here are also those of ``resuming`` and ``memory``."""
 
 from diopt_lightning.callbacks.exemplars_found import ExemplarsFound
 from diopt_lightning.callbacks.instructions import LearnedInstructions
 from diopt_lightning.callbacks.results import Results
+from diopt_lightning.callbacks.standard import standard_callbacks
 from diopt_lightning.memory.estimate import MemoryEstimate
-from diopt_lightning.resuming.interruption import Interruption
-from diopt_lightning.resuming.optimizer_options import OptimizerOptions
-from diopt_lightning.resuming.random_state import RandomState
-from diopt_lightning.resuming.unfinished_validation import UnfinishedValidation
+from diopt_lightning.resuming import Interruption, OptimizerOptions, RandomState, UnfinishedValidation
 
 __all__ = [
     "ExemplarsFound",
@@ -18,4 +16,5 @@ __all__ = [
     "RandomState",
     "Results",
     "UnfinishedValidation",
+    "standard_callbacks",
 ]

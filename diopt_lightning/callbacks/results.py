@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, distributed
+from torch import Tensor
 
-from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.callbacks.figures import draw_losses
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction
+from diopt_lightning.resuming.processes import of_all_processes
 
 LOSSES = ("inner_loss", "outer_loss")
 
@@ -106,7 +106,8 @@ class Results(pl.Callback):
 
     def _write_predictions(self, trainer: pl.Trainer, folder: Path) -> int:
         """Write the predictions of all processes as JSON lines, and return how many there are."""
-        predictions, self._predictions = gather(self._predictions), []
+        predictions = [prediction for own in of_all_processes(self._predictions) for prediction in own]
+        self._predictions = []
         if trainer.is_global_zero and predictions:
             with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
@@ -144,15 +145,6 @@ def results_folder(trainer: pl.Trainer) -> Path:
 def dev_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
     """The metrics of the last evaluation of dev tasks."""
     return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("dev/")}
-
-
-def gather(predictions: list[Prediction]) -> list[Prediction]:
-    """The predictions of all processes."""
-    if not several_processes():
-        return predictions
-    gathered: list[list[Prediction]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(gathered, predictions)
-    return [prediction for part in gathered for prediction in part]
 
 
 @rank_zero_only

@@ -122,12 +122,12 @@ def drawn_splits(
     seed: int,
     whole_categories: bool,
 ) -> TaskSplits:
-    """The four sets, where those that have no list are drawn from the train tasks.
+    """The four sets, of which those without a list are drawn from the train tasks that are left.
 
     Args:
         lists: Names of the tasks in each set that has a list.
         categories: Name to category of all tasks.
-        wanted: How many tasks to draw for a set without a list, as a number or a fraction of what is left.
+        wanted: For a set without a list, how many tasks; see :func:`count_tasks`.
         seed: Seed of the draws.
         whole_categories: See :func:`draw_tasks`.
 

@@ -124,12 +124,7 @@ def tokenize(
 
 
 def summary(rows: "Dataset", tasks: Sequence[Task]) -> str:
-    """How much there is in a data set, and what was cut or dropped, as a sentence without its subject.
-
-    Args:
-        rows: What :func:`tokenize` has returned.
-        tasks: The tasks that its rows index.
-    """
+    """How much there is in what :func:`tokenize` returned for some of the tasks, and what was cut or dropped."""
     column = {name: rows[name][:] for name in ("task", "instance", "cut_source", "cut_targets", "dropped_examples")}
     empty = sum(
         not all(output.strip() for output in tasks[task].instances[instance].outputs)

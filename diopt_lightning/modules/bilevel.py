@@ -10,6 +10,7 @@ from torch import Tensor
 from diopt_lightning.bilevel import (
     Chebyshev,
     HypergradientEstimator,
+    ProcessAverage,
     mean_hypergradient,
 )
 from diopt_lightning.bilevel.sharding import any_sharded
@@ -104,18 +105,14 @@ class BilevelModule(TwoLevels):
         skip_limit: int = 10,
         **options: Any,
     ) -> None:
-        require_at_least(1, inner_steps=inner_steps, skip_limit=skip_limit)
+        super().__init__(**options)
+        require_at_least(1, inner_steps=inner_steps, micro_batches=micro_batches, skip_limit=skip_limit)
         # Not defaults in the signature: from there the parser would carry AdamW's weight decay over to an Adam that a
         # configuration names instead.
         inner_optimizer = inner_optimizer or partial(torch.optim.AdamW, lr=1e-5)
         outer_optimizer = outer_optimizer or partial(torch.optim.Adam, lr=1e-2)
-        super().__init__(
-            hypergradient=hypergradient if hypergradient is not None else Chebyshev(),
-            inner_level=Level("inner", inner_optimizer, inner_scheduler, inner_gradient_clip, inner_accumulation),
-            outer_level=Level("outer", outer_optimizer, outer_scheduler, outer_gradient_clip, outer_accumulation),
-            micro_batches=micro_batches,
-            **options,
-        )
+        self.inner_level = Level("inner", inner_optimizer, inner_scheduler, inner_gradient_clip, inner_accumulation)
+        self.outer_level = Level("outer", outer_optimizer, outer_scheduler, outer_gradient_clip, outer_accumulation)
         if outer_accumulation > inner_steps * inner_accumulation:
             raise ConfigurationError(
                 f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "
@@ -124,11 +121,14 @@ class BilevelModule(TwoLevels):
             )
         # Two optimizers with steps of their own: Lightning's automatic optimization has one.
         self.automatic_optimization = False
+        self.hypergradient = hypergradient if hypergradient is not None else Chebyshev()
         self.inner_steps = inner_steps
+        self.micro_batches = micro_batches
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
         self._round = UnfinishedRound(inner_steps, inner_accumulation, outer_accumulation, self.hypergradient.remembers)
+        self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
         self._outer_norms = OuterNorms()
 
@@ -284,12 +284,7 @@ def batch_of_each_level(batch: Any) -> tuple[Any, Any]:
 
 
 def state_of_a_bilevel_run(checkpoint: dict[str, Any], module: str, estimator: str) -> dict[str, Any]:
-    """What a checkpoint has of a bilevel run.
-
-    Args:
-        checkpoint: The checkpoint.
-        module: The name of the module's class, for messages.
-        estimator: The name of the estimator's class, which must be that of the run.
+    """What a checkpoint has of a bilevel run, which a module goes on from with the estimator of this name.
 
     Raises:
         ConfigurationError: If there is nothing of the kind, or the state is that of another estimator.

@@ -42,13 +42,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def clip(parameters: Sequence[nn.Parameter], size: Tensor, limit: float | None) -> None:
-    """Scale gradients to a norm of at most ``limit``.
-
-    Args:
-        parameters: Their gradients are scaled in place.
-        size: The norm of the gradients, a finite scalar; see :func:`gradient_norm`.
-        limit: ``None`` for no limit.
-    """
+    """Scale gradients of this norm, a finite scalar, in place to one of at most ``limit``; ``None`` for no limit."""
     if limit is None:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

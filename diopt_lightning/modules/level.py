@@ -69,13 +69,9 @@ class Level:
         norm: Tensor,
         trainer: Trainer,
     ) -> None:
-        """Clip the gradients, take a step along them, and let the schedule follow.
+        """Clip the gradients, whose norm is a finite scalar, take a step along them, and let the schedule follow.
 
-        Args:
-            optimizer: The optimizer; Lightning counts a step of its own wrapper in ``trainer.global_step``.
-            parameters: The level's parameters.
-            norm: The norm of their gradients, a finite scalar.
-            trainer: The trainer, which has the scheduler.
+        (Lightning counts a step of its own wrapper of an optimizer in ``trainer.global_step``, and of no other.)
         """
         clip(parameters, norm, self.gradient_clip)
         optimizer.step()

@@ -14,25 +14,22 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from diopt_lightning.bilevel import MicroBatches, ProcessAverage
 from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.bilevel.problem import Loss
-from diopt_lightning.errors import ConfigurationError, require_at_least
+from diopt_lightning.errors import ConfigurationError
 
 
 class MicroBatched(pl.LightningModule):
     r"""A module whose losses are means, over batches that may be computed in parts and differ between processes.
 
     The loss of the global batch is :math:`\sum_i w_i L_i / \sum_i w_i` over the parts of the batches of all processes,
-    where a loss :math:`L_i` is a mean over :math:`w_i` rows (or target tokens; see :meth:`batch_weight`).
+    where a loss :math:`L_i` is a mean over :math:`w_i` rows (or target tokens; see :meth:`batch_weight`). A subclass
+    sets the attributes.
 
-    Args:
+    Attributes:
         micro_batches: Parts in which every batch is computed, one at a time.
-        options: Those of further base classes.
     """
 
-    def __init__(self, micro_batches: int = 1, **options: Any) -> None:
-        super().__init__(**options)
-        require_at_least(1, micro_batches=micro_batches)
-        self.micro_batches = micro_batches
-        self._average = ProcessAverage()
+    micro_batches: int
+    _average: ProcessAverage
 
     def split_batch(self, batch: Any, parts: int) -> list[Any]:
         """Split a batch into at most so many parts, each a batch; override it for batches of another make.
@@ -72,23 +69,16 @@ class MicroBatched(pl.LightningModule):
         sizes = [self.batch_weight(part) for part in parts]
         return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
 
-    def process_weight(self, batch: Any) -> float:
-        """What the loss of a batch counts among those of all processes; see :func:`process_weight`."""
-        return process_weight(self.batch_weight(batch), self._average, self.device)
-
     def add_gradient(self, loss: Callable[[Any], Tensor], batch: Any, accumulation: int, exchange: bool) -> Tensor:
-        """Add the gradient of the loss of a batch to what stands in ``.grad``, one micro-batch at a time.
+        """Add a share, one of ``accumulation``, of the gradient of a loss to ``.grad``, one micro-batch at a time.
 
-        Args:
-            loss: The loss.
-            batch: The batch.
-            accumulation: Batches whose gradients are averaged.
-            exchange: Whether processes exchange what they have accumulated, which they do with the last backward pass.
+        With the last backward pass processes exchange what has been accumulated, if that is asked for.
 
         Returns:
             The loss of the global batch, a detached scalar.
         """
-        parts, factor = self.weighted_parts(batch), self.process_weight(batch)
+        parts = self.weighted_parts(batch)
+        factor = process_weight(self.batch_weight(batch), self._average, self.device)
         total = torch.zeros((), device=self.device)
         for number, (part, weight) in enumerate(parts, start=1):
             with self._exchange(exchange and number == len(parts)):
@@ -107,7 +97,7 @@ class MicroBatched(pl.LightningModule):
         parts: list[Loss] = []
         weights: list[float] = []
         for batch in batches:
-            factor = self.process_weight(batch)
+            factor = process_weight(self.batch_weight(batch), self._average, self.device)
             for part, weight in self.weighted_parts(batch):
                 parts.append(partial(scaled, loss, part, factor))
                 weights.append(weight)
@@ -124,11 +114,6 @@ def process_weight(weight: float, average: ProcessAverage, device: torch.device)
 
     Processes are averaged, and their losses are means over unequal numbers (of target tokens, say): weighted so, the
     average is the loss of the global batch. All processes must ask together.
-
-    Args:
-        weight: What the loss of this process's batch is a mean over.
-        average: The average over processes.
-        device: Where the processes meet.
     """
     if not several_processes():
         return 1.0

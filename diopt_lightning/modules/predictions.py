@@ -25,13 +25,7 @@ class Prediction(TypedDict):
 
 
 def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) -> list[Prediction]:
-    """What was generated for the instances of a batch, with what it is about.
-
-    Args:
-        texts: The generated texts, one for each row.
-        batch: The batch.
-        tasks: The tasks that its rows index.
-    """
+    """The texts that were generated for the rows of a batch, with what they are about."""
     predictions: list[Prediction] = []
     for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
         task, instance = tasks[t], tasks[t].instances[i]

@@ -17,22 +17,14 @@ from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scali
 
 
 class TwoLevels(MicroBatched, ABC):
-    r"""Two losses and two groups of parameters, each with its optimizer: what is optimized, and not yet in which order.
+    """Two losses and two groups of parameters, each with its optimizer: what is optimized, and not yet in which order.
 
-    Args:
-        hypergradient: Estimates :math:`dL_{val}/d\phi`.
-        inner_level: How :math:`\theta` is optimized.
-        outer_level: How :math:`\phi` is optimized.
-        options: Those of further base classes.
+    A subclass sets the attributes of :class:`BilevelModule` that are used here.
     """
 
-    def __init__(
-        self, hypergradient: HypergradientEstimator, inner_level: Level, outer_level: Level, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.hypergradient = hypergradient
-        self.inner_level = inner_level
-        self.outer_level = outer_level
+    hypergradient: HypergradientEstimator
+    inner_level: Level
+    outer_level: Level
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:

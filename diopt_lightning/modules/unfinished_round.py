@@ -14,13 +14,7 @@ Pair = tuple[Any, Any]
 
 
 class StillNeeded(NamedTuple):
-    """How much of a round, the latest of each, later steps will use again.
-
-    Args:
-        inner_batches: Batches whose gradients have been accumulated and not been used yet.
-        pairs: Pairs of batches of the next outer step.
-        steps: Inner steps that the estimator will differentiate through.
-    """
+    """How many batches of an accumulated gradient, pairs and inner steps, the last ones, later steps will use again."""
 
     inner_batches: int
     pairs: int
@@ -56,14 +50,7 @@ class UnfinishedRound:
         self._saved: tuple[dict[str, Any], list[Any]] | None = None
 
     def add_batches(self, inner_batch: Any, outer_batch: Any, batches_seen: int, device: torch.device) -> bool:
-        """Take in the batches of a training step; return whether those of an inner step are complete now.
-
-        Args:
-            inner_batch: The batch of the inner level.
-            outer_batch: That of the outer level.
-            batches_seen: Batches of the inner level so far, this one included.
-            device: Whose random numbers are kept, where an inner step begins that may be interrupted.
-        """
+        """Take in a training step's batches, the latest of ``batches_seen``; return whether an inner step has all."""
         _, accumulation, _, _ = self._sizes
         if accumulation > 1 and batches_seen % accumulation == 1:
             self.random = random_state(device)
@@ -78,12 +65,7 @@ class UnfinishedRound:
         self.inner_batches.clear()
 
     def still_needed(self, batches_seen: int, steps_taken: int) -> StillNeeded:
-        """What a run that goes on from here will use again.
-
-        Args:
-            batches_seen: Batches of the inner level so far.
-            steps_taken: Inner steps so far.
-        """
+        """What a run that goes on will use again, after so many batches of the inner level and inner steps."""
         inner_steps, accumulation, pairs, observed = self._sizes
         accumulated, steps_to_come = batches_seen % accumulation, inner_steps - steps_taken % inner_steps
         pairs_to_come = steps_to_come * accumulation - accumulated
@@ -99,20 +81,11 @@ class UnfinishedRound:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, recorded: list[Any]) -> None:
-        """Keep a state until the next batch, which tells the structure of those that are saved.
-
-        Args:
-            state: What :meth:`state_dict` returned, on this process; ``None`` if there were other processes.
-            recorded: What the estimator has kept of the steps in it.
-        """
+        """Keep a state, and what the estimator recorded of the steps in it, until a batch tells their structure."""
         self._saved = None if state is None else (state, recorded)
 
     def restore(self, inner_batch: Any, outer_batch: Any, device: torch.device) -> list[Any] | None:
-        """Fill in what was loaded, once.
-
-        Returns:
-            What the estimator has kept of the steps; ``None`` where nothing was loaded.
-        """
+        """Fill in what was loaded, once; return what the estimator recorded, or ``None`` where nothing was loaded."""
         if self._saved is None:
             return None
         (saved, recorded), self._saved = self._saved, None

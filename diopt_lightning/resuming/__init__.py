@@ -1,1 +1,22 @@
-"""Checkpoints: written whole, read only if sound, and found again by runs that go on."""
+"""All that makes a run go on: what checkpoints must hold, and how they are written whole, read and found again."""
+
+from diopt_lightning.resuming.changed_options import KeptConfig, OptimizerOptions
+from diopt_lightning.resuming.checkpoint_finding import find_checkpoint, newest_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
+from diopt_lightning.resuming.interruption import Interrupted, Interruption
+from diopt_lightning.resuming.random_state import RandomState
+from diopt_lightning.resuming.unfinished_validation import UnfinishedValidation
+
+__all__ = [
+    "Interrupted",
+    "Interruption",
+    "KeptConfig",
+    "OptimizerOptions",
+    "RandomState",
+    "UnfinishedValidation",
+    "WholeCheckpoints",
+    "find_checkpoint",
+    "newest_checkpoint",
+    "read_checkpoint",
+]

@@ -1,18 +1,16 @@
 """Which checkpoint a run goes on from."""
 
 import os
-import sys
 from pathlib import Path
-
-from lightning.pytorch.utilities import rank_zero_only
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.messages import say
 
 SHARDED = "meta.pt"
 
 
-def find(given: str | Path | None, root: Path, training: bool) -> str | None:
+def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str | None:
     """The checkpoint to go on from, where ``last`` stands for the newest one below a folder.
 
     Args:
@@ -28,7 +26,7 @@ def find(given: str | Path | None, root: Path, training: bool) -> str | None:
         ConfigurationError: If it is of no use, or there is none where one is needed.
     """
     if given == "last":
-        path = newest(root, training)
+        path = newest_checkpoint(root, training)
         if path is None and not training:
             raise ConfigurationError(f"There is no checkpoint in {root}: give one as `ckpt_path`.")
         say(f"Going on from {path}" if path else f"There is no checkpoint in {root} yet: the run begins.")
@@ -39,7 +37,7 @@ def find(given: str | Path | None, root: Path, training: bool) -> str | None:
     return str(given)
 
 
-def newest(root: Path, training: bool) -> Path | None:
+def newest_checkpoint(root: Path, training: bool) -> Path | None:
     """The newest checkpoint below a folder that can be gone on from, or ``None`` if there is none at all.
 
     Args:
@@ -94,9 +92,3 @@ def checkpoints(root: Path) -> list[Path]:
             if path.suffix == ".ckpt" and not name.startswith(".") and path.exists():
                 found.append((path.stat().st_mtime, str(path)))
     return [Path(path) for _, path in sorted(found)]
-
-
-@rank_zero_only
-def say(sentence: str) -> None:
-    """Say something on the standard error."""
-    print(f"diopt: {sentence}", file=sys.stderr, flush=True)

@@ -16,8 +16,10 @@ Place = str | Path
 class WholeCheckpoints(TorchCheckpointIO):
     """Leaves no half-written checkpoint behind, whenever the process ends, and loads no damaged one.
 
-    A checkpoint is written aside in its own folder, flushed to the disk, and only then given its name. (Lightning's own
-    writes over the file of that name, and holds a second copy of everything in memory meanwhile.) What is loaded is
+    A checkpoint is written aside in its own folder, flushed to the disk, and only then given its name. (Lightning 2.6
+    writes aside and moves too, but into the system's folder for temporary files: from another file system the move is a
+    copy over the file of that name, which can be cut short; and nothing is flushed, so that after a loss of power there
+    may be a name without its content. It also holds a second copy of everything in memory meanwhile.) What is loaded is
     compared with the checksums in it. The command line uses this by itself; in Python, pass
     ``Trainer(plugins=[WholeCheckpoints()])``. Places that are not in a file system, such as ``s3://``, are Lightning's
     business.

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -12,8 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
+from diopt_lightning.resuming.messages import say
 from diopt_lightning.resuming.unfinished_validation import validation_is_due
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -138,9 +137,8 @@ class Interruption(pl.Callback):
         name = f"interrupted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
         path = folder / "checkpoints" / name
         trainer.save_checkpoint(path)
-        tell(
-            f"Stopped by {signal.Signals(number).name} at step {trainer.global_step}. To go on: {command(folder, path)}"
-        )
+        stopped = f"Stopped by {signal.Signals(number).name} at step {trainer.global_step}."
+        say(f"{stopped} To go on: {command(folder, path)}", below_the_bar=True)
         self._received = 0
         raise Interrupted(number, main=trainer.is_global_zero)
 
@@ -153,9 +151,3 @@ def command(folder: Path, path: Path) -> str:
         place = os.path.relpath(config) if below else str(config)
         return shlex.join(["diopt", "fit", "--config", place, "--ckpt_path", "last"])
     return f'trainer.fit(..., ckpt_path="{path}")'
-
-
-@rank_zero_only
-def tell(sentence: str) -> None:
-    """Say something on the standard error, below a progress bar."""
-    print(f"\n{sentence}", file=sys.stderr, flush=True)
