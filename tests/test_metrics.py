@@ -2,6 +2,8 @@
 
 import re
 import string
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
-from diopt_lightning import ConfigurationError
-from diopt_lightning.metrics import ExactMatch, RougeL, exact_match, rouge_l
+from diopt_lightning import ConfigurationError, metrics
+from diopt_lightning.metrics import METRICS, ExactMatch, RougeL, TaskMetric, exact_match, rouge_l
 
 STEMMER = PorterStemmer()
 
@@ -42,24 +44,44 @@ def slow_exact_match(prediction: str, reference: str) -> bool:
     return normal(prediction) == normal(reference)
 
 
+# One line a metric: its class, and one prediction's score against one reference by an implementation of its own.
+SCORES: list[tuple[type[TaskMetric], Callable[[str, str], float]]] = [
+    (RougeL, slow_rouge_l),
+    (ExactMatch, slow_exact_match),
+]
+
+
+def test_every_metric_is_in_the_list():
+    exported = [getattr(metrics, name) for name in metrics.__all__]
+    listed = {metric for metric, _ in SCORES}
+    assert listed == {each for each in exported if isinstance(each, type)} - {TaskMetric} == set(METRICS.values())
+
+
 TEXT = st.text(st.sampled_from("aab bcing sed.,'!?\n\tThe É9-"), max_size=40) | st.text(max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from("xyz")), min_size=1))
-def test_equals_an_independent_implementation(items):
-    categories = {"x": "A", "y": "B", "z": "A"}
-    columns = [list(column) for column in zip(*items, strict=True)]
-    for metric, slow in ((RougeL(categories), slow_rouge_l), (ExactMatch(categories), slow_exact_match)):
-        metric.update(*columns)
-        found = metric.compute()
-        scores = [(task, 100 * max(slow(text, ref) for ref in refs)) for text, refs, task in items]
-        groups = {"all": "xyz", "category/A": "xz", "category/B": "y", "task/x": "x", "task/y": "y", "task/z": "z"}
-        for group, members in groups.items():
-            values = [score for task, score in scores if task in members]
-            assert (group in found) == bool(values)
-            if values:
-                assert found[group].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
+ITEMS = st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from("xyz")), min_size=1)
+
+
+def equals_the_score(metric_class: type[TaskMetric], slow: Callable[[str, str], float], items: list[Any]) -> None:
+    """Check all means of a metric against scores computed one by one."""
+    metric = metric_class({"x": "A", "y": "B", "z": "A"})
+    metric.update(*[list(column) for column in zip(*items, strict=True)])
+    found = metric.compute()
+    scores = [(task, 100 * max(slow(text, ref) for ref in refs)) for text, refs, task in items]
+    groups = {"all": "xyz", "category/A": "xz", "category/B": "y", "task/x": "x", "task/y": "y", "task/z": "z"}
+    for group, members in groups.items():
+        values = [score for task, score in scores if task in members]
+        assert (group in found) == bool(values)
+        if values:
+            assert found[group].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+@pytest.mark.parametrize(("metric", "slow"), SCORES)
+@settings(max_examples=150, deadline=None)
+@given(items=ITEMS)
+def test_equals_an_independent_implementation(metric, slow, items):
+    equals_the_score(metric, slow, items)
 
 
 def test_known_values():
@@ -69,14 +91,19 @@ def test_known_values():
     assert exact_match("it's 3.5", ["ITS 35"]) == 1.0
 
 
-def test_updates_add_up_and_reset():
-    whole, parts = RougeL({"t": "c"}), RougeL({"t": "c"})
+def adds_up_and_resets(metric: type[TaskMetric]) -> None:
+    whole, parts = metric({"t": "c"}), metric({"t": "c"})
     whole.update(["a b", "c"], [["a"], ["c"]], ["t", "t"])
     parts.update(["a b"], [["a"]], ["t"])
     parts.update(["c"], [["c"]], ["t"])
     assert torch.equal(whole.compute()["all"], parts.compute()["all"])
     parts.reset()
     assert parts.compute() == {}
+
+
+@pytest.mark.parametrize("metric", [metric for metric, _ in SCORES])
+def test_updates_add_up_and_reset(metric):
+    adds_up_and_resets(metric)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from diopt_lightning.data.reading import Reading
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Instruction, InstructionEmbeddings
+from diopt_lightning.metrics import METRICS, TaskMetric
 from diopt_lightning.modules.predictions import Metrics, Prediction, predictions_of
 from diopt_lightning.modules.strategies import sharding_mesh
 
@@ -33,12 +34,15 @@ class InstructionEvaluation(pl.LightningModule):
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
 
     Attributes:
+        metric_classes: The metrics of dev and test tasks by name; a subclass may have others.
         is_built: Whether model and instruction have been made.
         scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
 
     Raises:
         ConfigurationError: If ``max_new_tokens`` is below 1.
     """
+
+    metric_classes: ClassVar[Mapping[str, type[TaskMetric]]] = METRICS
 
     def __init__(
         self,
@@ -100,7 +104,7 @@ class InstructionEvaluation(pl.LightningModule):
         for stage in ("dev", "test"):
             categories = {task.name: task.category for task in self.data.split_tasks(stage)}
             if categories:
-                setattr(self, f"{stage}_metrics", Metrics(categories))
+                setattr(self, f"{stage}_metrics", Metrics(self.metric_classes, categories))
         self.is_built = True
         if self._returned is not None:
             self.load_state_dict(self._returned)
@@ -250,7 +254,7 @@ class InstructionEvaluation(pl.LightningModule):
         scores = metrics.compute()
         metrics.reset()
         self.scores[stage] = {name: float(value) for name, value in scores.items()}
-        for name in ("rougeL", "exact_match"):
+        for name in self.metric_classes:
             self.log(f"{stage}/{name}", self.scores[stage][f"{name}/all"], prog_bar=stage == "dev")
         details = {f"{stage}/{name}": value for name, value in self.scores[stage].items() if not name.endswith("/all")}
         for logger in self.loggers:

@@ -1,6 +1,6 @@
 """What a model says about dev and test instances, and how good that is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.metrics import ExactMatch, RougeL
+from diopt_lightning.metrics import TaskMetric
 
 
 class Prediction(TypedDict):
@@ -42,14 +42,15 @@ def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) ->
 
 
 class Metrics(MetricCollection):
-    """ROUGE-L and exact match of predictions.
+    """Several metrics of predictions.
 
     Args:
+        classes: The metrics by name.
         categories: The category of each task.
     """
 
-    def __init__(self, categories: dict[str, str]) -> None:
-        super().__init__({"rougeL": RougeL(categories), "exact_match": ExactMatch(categories)}, compute_groups=False)
+    def __init__(self, classes: Mapping[str, type[TaskMetric]], categories: dict[str, str]) -> None:
+        super().__init__({name: metric(categories) for name, metric in classes.items()}, compute_groups=False)
 
     def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]
         """Add predictions."""
