@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_no_file_goes_in_a_circle():
 
     for name in sorted(graph):
         visit(name, ())
+
+
+def test_every_dependency_is_imported_or_says_who_needs_it():
+    declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lines = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    sources = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    modules = {"pyyaml": "yaml", "pillow": "PIL", "rouge-score": "rouge_score"}
+    for requirement in declared:
+        name = re.split(r"[\[>=<]", requirement)[0]
+        if not re.search(rf"^\s*(import|from) {modules.get(name, name)}\b", sources, re.MULTILINE):
+            (number,) = [number for number, line in enumerate(lines) if f'"{requirement}"' in line]
+            assert "#" in lines[number] or "these two" in lines[number - 1], f"nothing here imports {name}"
 
 
 def test_no_file_is_long_and_no_class():
