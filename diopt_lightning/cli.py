@@ -50,27 +50,14 @@ class DioptCLI(LightningCLI):
         """Leave the configuration as it is given; Lightning's own method puts what is in a checkpoint in its place."""
 
     def before_fit(self) -> None:
-        """Find the checkpoint that is gone on from."""
-        self._find_checkpoint("fit")
-
-    def before_validate(self) -> None:
-        """Find the checkpoint."""
-        self._find_checkpoint("validate")
-
-    def before_test(self) -> None:
-        """Find the checkpoint."""
-        self._find_checkpoint("test")
-
-    def before_predict(self) -> None:
-        """Find the checkpoint."""
-        self._find_checkpoint("predict")
-
-    def _find_checkpoint(self, subcommand: str) -> None:
-        """Put a path in the place of ``last``, and refuse what is no checkpoint before anything is built."""
+        """Put a path in the place of the checkpoint ``last``, and refuse what is none before anything is built."""
+        subcommand = str(self.subcommand)
         options = self.config_init[subcommand]
         options["ckpt_path"] = find_checkpoint(
             options["ckpt_path"], Path(self.trainer.default_root_dir), subcommand == "fit"
         )
+
+    before_validate = before_test = before_predict = before_fit
 
     def after_fit(self) -> None:
         """Say if there was nothing left to do, and run the test tasks if asked for."""

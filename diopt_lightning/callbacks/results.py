@@ -63,26 +63,14 @@ class Results(pl.Callback):
         self._show(f"{trainer.global_step} steps (losses: mean of the first and of the last tenth)", rows, folder)
 
     def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Keep the predictions of the batch."""
         if isinstance(outputs, dict):
             self._predictions += outputs.get("predictions", [])
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Keep the predictions of the batch."""
         if isinstance(pl_module, InstructionEvaluation):

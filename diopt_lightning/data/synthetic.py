@@ -120,24 +120,7 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     Args:
         words: The words to know; others become ``<unk>``.
     """
-    template = [
-        "positive",
-        "negative",
-        "example",
-        "now",
-        "complete",
-        "the",
-        "following",
-        "input",
-        "output",
-        "explanation",
-        ".",
-        "-",
-        ":",
-        "?",
-        "!",
-        ",",
-    ]
+    template = "positive negative example now complete the following input output explanation . - : ? ! ,".split()
     digits = [str(digit) for digit in range(10)]
     vocabulary = ["<pad>", "</s>", "<unk>", *dict.fromkeys(word.lower() for word in [*template, *digits, *words])]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))

@@ -67,13 +67,7 @@ class Interruption(pl.Callback):
             self._common = int(trainer.strategy.reduce(batches, reduce_op="min"))
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Stop here if told to."""
         if self._common > 0:
