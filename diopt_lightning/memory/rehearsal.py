@@ -119,7 +119,10 @@ class Rehearsal:
         return peak if len(levels) == len(rows) else Parts({"gradients, vectors and activations": peak.total()})
 
     def _moments(self, step: Step, rows: dict[str, int]) -> list[Moment]:
-        """Follow the memory of a step on long rows, of which only the first says how wide a batch becomes."""
+        """Follow the memory of a step on a long row, which says how wide a batch becomes, and the shortest beside it.
+
+        Causal models compute logits from the end of the shortest source on, for all rows.
+        """
         batches = {level: self.data.longest_batch(SPLITS[level], number) for level, number in rows.items()}
         for batch in batches.values():
             batch.attention_mask[1:, 1:] = 0
