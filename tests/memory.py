@@ -13,4 +13,4 @@ def peak_memory(function: Callable[[], object]) -> int:
         function()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in changes))
+    return max(accumulate(event.nbytes() for event in changes), default=0)

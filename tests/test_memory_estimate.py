@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +19,11 @@ from diopt_lightning.callbacks import MemoryEstimate
 from diopt_lightning.cli import main
 from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule
 from diopt_lightning.instructions import CandidatePool, EmbedderDP, ExpectedLoss, ExtractorDP, GumbelStraightThrough
-from diopt_lightning.memory.live import Moment, aligned
+from diopt_lightning.memory.live import growth
 from diopt_lightning.memory.optimizers import optimizer_memory
 from diopt_lightning.memory.rehearsal import Rehearsal
 from tests.helpers import quiet_trainer
+from tests.memory import peak_memory
 from tests.test_cli import small_run
 
 T5 = {
@@ -66,16 +66,6 @@ def fit(make: Callable[[], Any], root: Path, words: int, rows: tuple[int, int], 
     return trainer
 
 
-def allocated(function: Callable[[], object]) -> int:
-    """Bytes that the CPU's allocator has handed out at the peak of a call, by PyTorch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in changes), default=0)
-
-
 EXTRACTOR = {"instruction": lambda: ExtractorDP(1, 3, 40, POOL, GumbelStraightThrough())}
 CASES = {
     # make, words of an input, rows of both levels, the larger of vectors and activations
@@ -105,7 +95,7 @@ def test_the_estimate_is_what_a_run_takes(case, tmp_path):
     make, words, rows, largest = CASES[case]
     callback = MemoryEstimate()
     fit(make, tmp_path, words, rows, callback, max_steps=1, limit_train_batches=1)
-    taken = allocated(lambda: fit(make, tmp_path, words, rows))
+    taken = peak_memory(lambda: fit(make, tmp_path, words, rows))
     print(f"{case}: estimated {callback.peak / taken:.3f} of the {taken / 2**20:.1f} MiB that were taken")
     assert callback.peak == pytest.approx(taken, rel=0.2)
     parts = max(callback.estimate.values(), key=lambda parts: sum(parts.values()))
@@ -128,8 +118,9 @@ def test_the_memory_of_an_optimizer(name):
     optimizer = OPTIMIZERS[name](parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    taken = allocated(lambda: (optimizer.step(), optimizer.step()))
-    assert sum(optimizer_memory(OPTIMIZERS[name], parameters)) == pytest.approx(taken, rel=0.2, abs=100)
+    taken = peak_memory(lambda: (optimizer.step(), optimizer.step()))
+    memory = optimizer_memory(OPTIMIZERS[name], parameters)
+    assert memory.states + memory.temporary == pytest.approx(taken, rel=0.2, abs=100)
 
 
 class State(pl.Callback):
@@ -218,8 +209,7 @@ def test_another_module_or_strategy_is_refused_by_name():
 
 
 def test_runs_of_a_solver_that_differ_in_length_are_compared_where_they_did_the_same():
-    few = [Moment(operation, size, "") for operation, size in zip("abcxyz", (1, 2, 3, 4, 5, 6), strict=True)]
-    more = [Moment(operation, size, "") for operation, size in zip("abcbcxyz", (2, 3, 4, 9, 9, 5, 6, 7), strict=True)]
-    pairs = list(aligned(few, more))
-    assert {first.operation for first, _ in pairs} == set("abcxyz")
-    assert all(second.size == first.size + 1 for first, second in pairs if first.operation in "axyz")
+    few = list(zip("abcxyz", (1, 2, 3, 4, 5, 6), strict=True))
+    more = list(zip("abcdexyz", (2, 3, 4, 9, 9, 5, 6, 7), strict=True))
+    assert growth(few, more) == [1] * 6
+    assert growth(more, few) == [-1, -1, -1, 0, 0, -1, -1, -1]

@@ -1,5 +1,6 @@
 """What a run will need of memory, before it runs out of it."""
 
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.memory.rehearsal import Parts, Rehearsal, total
+from diopt_lightning.memory.rehearsal import Parts, Rehearsal
 from diopt_lightning.modules import InstructionOptimization, InstructionTuning
 
 
@@ -46,7 +47,7 @@ class MemoryEstimate(pl.Callback):
     @property
     def peak(self) -> int:
         """Bytes of the larger step."""
-        return max(map(total, self.estimate.values()), default=0)
+        return max((parts.total() for parts in self.estimate.values()), default=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rehearse the steps and print what they will need.
@@ -68,44 +69,39 @@ class MemoryEstimate(pl.Callback):
                 "The callback MemoryEstimate needs the whole model on each device, got the strategy "
                 f"{type(trainer.strategy).__name__}: remove the callback, or use one device or `ddp`."
             )
-        try:
+        self.estimate = {}
+        with suppress(torch.OutOfMemoryError):
             self.estimate = Rehearsal(trainer, pl_module, data).steps()
-        except torch.OutOfMemoryError:
-            self.estimate = {}
         if trainer.is_global_zero:
             self._print()
         if pl_module.device.type == "cuda":
             torch.cuda.empty_cache()  # the run needs blocks of other sizes
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def _print(self) -> None:
         console = Console()
         if not self.estimate:
             console.print("Memory: not even steps on two or three rows fit: use a smaller model, or shorter texts.")
             return
-        step = max(self.estimate, key=lambda name: total(self.estimate[name]))
+        step = max(self.estimate, key=lambda name: self.estimate[name].total())
         # Not the table's title, which would be broken to its width.
         console.print(f"Estimated peak memory: {readable(self.peak)}, in an {step}", highlight=False)
-        table = Table()
-        table.add_column("part")
+        table = Table("part")
         for name in self.estimate:
             table.add_column(name, justify="right")
         for part in dict.fromkeys(part for parts in self.estimate.values() for part in parts):
-            table.add_row(part, *(readable(parts.get(part, 0)) for parts in self.estimate.values()))
-        table.add_row("total", *(readable(total(parts)) for parts in self.estimate.values()))
+            table.add_row(part, *(readable(parts[part]) for parts in self.estimate.values()))
+        table.add_row("total", *(readable(parts.total()) for parts in self.estimate.values()))
         console.print(table)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep what a GPU has counted, before an evaluation adds to it."""
-        if pl_module.device.type == "cuda":
-            self._measured = max(self._measured, torch.cuda.max_memory_allocated(pl_module.device))
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what an evaluation has taken."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Let a GPU forget what the rehearsal or an evaluation has taken."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Keep the most that a GPU has counted in a step."""
+        if pl_module.device.type == "cuda":
+            self._measured = max(self._measured, torch.cuda.max_memory_allocated(pl_module.device))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what the steps have taken, where something has counted it."""

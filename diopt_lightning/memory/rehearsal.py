@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,43 +14,36 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
-from diopt_lightning.bilevel import BilevelProblem, HypergradientEstimator, MicroBatches
-from diopt_lightning.bilevel.problem import Loss
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.instructions import InstructionEmbeddings
-from diopt_lightning.memory.live import LiveMemory, Moment, aligned
-from diopt_lightning.memory.optimizers import optimizer_memory, with_states
+from diopt_lightning.memory.live import LiveMemory, Moment, growth, stored
+from diopt_lightning.memory.optimizers import optimizer_memory
 from diopt_lightning.modules import InstructionOptimization, InstructionTuning
 from diopt_lightning.modules.gradients import constants, evaluation_mode
 
 # One row is computed in other ways: nothing is summed over rows, and copies are views.
-FEW, MORE = 2, 3
+FEW = 2
 SPLITS = {"inner": "train", "outer": "validation"}
 
-Parts = dict[str, int]
+Step = Callable[[LiveMemory, dict[str, Batch]], None]
+"""Takes a step on a batch of each level while its memory is followed."""
+
+Parts = Counter[str]
 """Bytes of each part of a step's peak memory."""
-
-
-def rows_at_once(batch_size: int, micro_batches: int) -> int:
-    """Rows whose activations are in memory together, of a batch that is computed in micro-batches.
-
-    Example:
-        >>> rows_at_once(16, 3)
-        6
-    """
-    return math.ceil(batch_size / micro_batches)
 
 
 @dataclass
 class Rehearsal:
     """Measures what the steps of a run hold at their peak, and leaves everything as it was.
 
-    A step is done on two rows and on three, as long as they get, with its memory followed at each operation. The
-    difference is what a row adds there (activations), the rest does not grow with the batch (gradients and the solver's
-    vectors). So the peak of a step on any number of rows is the largest sum over its operations. Where the run has no
-    more than two rows at once, the rehearsal is the step itself: it never takes more than the run.
+    A step is done on two rows, as long as they get, and again with a third row at each level, with its memory followed
+    at each operation. The difference is what a row adds there (activations), the rest does not grow with the batch
+    (gradients and the solver's vectors). So the peak of a step on any number of rows is the largest sum over its
+    operations. Where the run has no more than two rows at once, the rehearsal is the step itself: it never takes more
+    than the run.
 
     Args:
         trainer: The trainer, about to start.
@@ -65,11 +59,11 @@ class Rehearsal:
         """The parts of the peak of an inner step and, of a bilevel run, of an outer step."""
         module = self.module
         if isinstance(module, InstructionOptimization):
-            makers, parts = [module.inner_level.make_optimizer, module.outer_level.make_optimizer], module.micro_batches
+            makers = [module.inner_level.make_optimizer, module.outer_level.make_optimizer]
         else:
-            makers, parts = [module.optimizer], 1
+            makers = [module.optimizer]
         optimized = [[p for g in opt.param_groups for p in g["params"]] for opt in self.trainer.optimizers]
-        optimizers = [optimizer_memory(make, p) for make, p in zip(makers, optimized, strict=True)]
+        optimizers = [optimizer_memory(make, parameters) for make, parameters in zip(makers, optimized, strict=True)]
         always = {
             "weights": stored([*module.parameters(), *module.buffers()]),
             "optimizer states": sum(optimizer.states for optimizer in optimizers),
@@ -78,208 +72,118 @@ class Rehearsal:
         if isinstance(self.trainer.strategy, DDPStrategy):
             always["buckets of ddp"] = gradients  # out of which gradients are averaged over processes
         # The step of the outer optimizer is never the peak: hypergradients need more vectors in phi's shape.
-        update = {"gradients and vectors": gradients + optimizers[0].temporary}
-        with untouched(module), self._widest():
-            backward = self._peak(self._inner_step, {"inner": rows_at_once(self.data.batch_size, parts)})
-            found = {"inner step": always | max(backward, update, key=total)}
-            if isinstance(module, InstructionOptimization):
+        update = Parts({"gradients and vectors": gradients + optimizers[0].temporary})
+        with no_trace(module), self._equally_wide():
+            backward = self._peak(self._inner_step, {"inner": self.data.batch_size})
+            found = {"inner step": Parts(always | max(backward, update, key=Parts.total))}
+            if len(optimizers) == 2:
+                step = partial(self._outer_step, optimizers[0].stepped)
                 sizes = {"inner": self.data.batch_size, "outer": self.data.outer_batch_size}
-                rows = {level: rows_at_once(size, parts) for level, size in sizes.items()}
-                found["outer step"] = always | self._peak(self._outer_step, rows)
+                found["outer step"] = Parts(always | self._peak(step, sizes))
         return found
 
-    @contextmanager
-    def _widest(self) -> Iterator[None]:
+    def _equally_wide(self) -> AbstractContextManager[Any]:
         """Let the first row of every batch have as long an instruction as any row of a whole batch is given.
 
         Instructions may be drawn, and are drawn anew for another number of rows. Batches are to be as wide as they get,
         and equally wide however few rows they have.
         """
-        instruction = self.module.instruction
-        if instruction is None:
-            yield
-            return
-        batch = on_device(self.data.longest_batch("train", self.data.batch_size), self.module)
-        longest = int(instruction(batch, self.module.backbone.embed).mask.sum(dim=1).max())
+        module = self.module
+        if module.instruction is None:
+            return nullcontext()
+        batch = self.trainer.strategy.batch_to_device(self.data.longest_batch("train", self.data.batch_size))
+        longest = int(module.instruction(batch, module.backbone.embed).mask.sum(dim=1).max())
 
         def widen(_: Any, __: Any, made: InstructionEmbeddings) -> InstructionEmbeddings:
             mask = made.mask.clone()
             mask[:1] = torch.arange(mask.shape[1], device=mask.device) < longest
             return made._replace(mask=mask)
 
-        handle = instruction.register_forward_hook(widen)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return module.instruction.register_forward_hook(widen)
 
-    def _peak(self, step: Callable[[LiveMemory, dict[str, Batch]], None], rows: dict[str, int]) -> Parts:
-        """Rehearse a step twice, and say what is in memory at its peak with so many rows at each level."""
-        timelines: list[list[Moment]] = []
-        for limit in (FEW, MORE):
-            batches = {level: self._batch(level, min(limit, number)) for level, number in rows.items()}
-            live = LiveMemory()
-            live.level = next(reversed(rows))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the run itself will warn
-                step(live, batches)
-            timelines.append(live.moments)
-        few, more = timelines
-        return peak(few, more, rows)
+    def _peak(self, step: Step, batch_sizes: dict[str, int]) -> Parts:
+        """Rehearse a step, and say what is in memory at its peak with such batches at each level."""
+        micro_batches = self.module.micro_batches if isinstance(self.module, InstructionOptimization) else 1
+        rows = {level: math.ceil(size / micro_batches) for level, size in batch_sizes.items()}  # in memory at once
+        least = {level: min(number, FEW) for level, number in rows.items()}
+        first = self._moments(step, least)
+        levels = [level for level, number in rows.items() if number > FEW]
+        growths = {level: growth(first, self._moments(step, least | {level: FEW + 1})) for level in levels}
+        peak = Parts()
+        for index, (_, size) in enumerate(first):
+            of_a_row = {level: max(grown[index], 0) for level, grown in growths.items()}
+            rest = max(size - FEW * sum(of_a_row.values()), 0)
+            activations = sum(rows[level] * size for level, size in of_a_row.items())
+            peak = max(peak, Parts({"gradients and vectors": rest, "activations": activations}), key=Parts.total)
+        # One number of rows does not tell the parts from each other.
+        return peak if len(levels) == len(rows) else Parts({"gradients, vectors and activations": peak.total()})
 
-    def _batch(self, level: str, rows: int) -> Batch:
-        """Long rows of a level on the device, of which only the first says how wide the batch becomes."""
-        batch = self.data.longest_batch(SPLITS[level], rows)
-        batch.attention_mask[1:, 1:] = 0
-        return on_device(batch, self.module)
+    def _moments(self, step: Step, rows: dict[str, int]) -> list[Moment]:
+        """Follow the memory of a step on a long row, which says how wide a batch becomes, and the shortest beside it.
+
+        Causal models compute logits from the end of the shortest source on, for all rows.
+        """
+        batches = {level: self.data.longest_batch(SPLITS[level], number) for level, number in rows.items()}
+        for batch in batches.values():
+            batch.attention_mask[1:, 1:] = 0
+        live = LiveMemory()
+        step(live, self.trainer.strategy.batch_to_device(batches))
+        return live.moments
 
     def _inner_step(self, live: LiveMemory, batches: dict[str, Batch]) -> None:
         module = self.module
         if isinstance(module, InstructionOptimization):
-            accumulated, passes = module.inner_level.accumulation, min(module.inner_level.accumulation, 2)
+            accumulated = module.inner_level.accumulation * module.micro_batches
+            passes = min(accumulated, 2)
         else:
             accumulated, passes = self.trainer.accumulate_grad_batches, 2
         with live:
             for _ in range(passes):
-                loss = self._loss(batches["inner"])
+                loss = self._inner_loss(batches["inner"])
                 # Lightning lets go of the last gradients only now; a bilevel module has none any more.
                 if accumulated == 1:
-                    clear_gradients(module)
+                    module.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-        clear_gradients(module)
+        module.zero_grad()
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _inner_loss(self, batch: Batch) -> Tensor:
         module = self.module
         with self.trainer.precision_plugin.train_step_context():
             if isinstance(module, InstructionOptimization):
                 with constants(module.outer_parameters()):
                     return module.inner_loss(batch)
-            with silent(module):
-                return module.training_step({"inner": batch}, 0)["loss"]
+            instruction = None if module.instruction is None else module.instruction(batch, module.backbone.embed)
+            return module.backbone.loss(batch, instruction)
 
-    def _outer_step(self, live: LiveMemory, batches: dict[str, Batch]) -> None:
+    def _outer_step(self, inner_optimizer: Optimizer, live: LiveMemory, batches: dict[str, Batch]) -> None:
         module = self.module
         assert isinstance(module, InstructionOptimization)
-        estimator: HypergradientEstimator = deepcopy(module.hypergradient, {id(module): module})
-        # Two micro-batches of so many rows stand for all: one is in memory, beside what the others have left.
-        parts = min(module.micro_batches, 2)
+        estimator = deepcopy(module.hypergradient, {id(module): module})
+        parts = module.micro_batches
         inner, outer = (Batch(*(torch.cat([column] * parts) for column in batches[level])) for level in SPLITS)
-        # Estimators may look at the gradient of an inner step.
-        self._loss(batches["inner"]).backward()  # type: ignore[no-untyped-call]
-        with micro_batches(module, parts), self.trainer.precision_plugin.train_step_context(), live:
-            problem = module.problem([inner], outer)
-            if not self.trainer.optimizers[0].state:
-                later = with_states(module.inner_level.make_optimizer, problem.inner_parameters)
-                problem = replace(problem, inner_optimizer=later)
-            observe(estimator, problem, live)
-            clear_gradients(module)
+        problem = replace(module.problem([inner], outer), inner_optimizer=inner_optimizer)
+        self._inner_loss(batches["inner"]).backward()  # type: ignore[no-untyped-call]
+        with self.trainer.precision_plugin.train_step_context(), live:
+            # Some estimators look at gradients of inner steps; none learns more from further ones.
+            for _ in range(max(estimator.remembers, 1)):
+                estimator.observe(problem)
+            module.zero_grad()
             number = module.outer_level.accumulation - 1
             earlier = [torch.zeros_like(parameter) for parameter in problem.outer_parameters for _ in range(number)]
             with evaluation_mode(module):
-                estimator(marked(problem, live))
+                estimator(problem)
             del earlier  # the hypergradients that are averaged with the last one
 
 
-def peak(few: Sequence[Moment], more: Sequence[Moment], rows: dict[str, int]) -> Parts:
-    """The parts of memory at the moment when it is the largest, of a step on ``rows`` instead of few rows."""
-    found: list[Parts] = [{}]
-    for moment, later in aligned(few, more):
-        number = rows[moment.level]
-        if number <= FEW:  # this is the step itself, and one number of rows does not tell the parts from each other
-            parts = {"gradients, vectors and activations": moment.size}
-        else:
-            growth = max(later.size - moment.size, 0) // (MORE - FEW)
-            parts = {
-                "gradients and vectors": max(moment.size - FEW * growth, 0),
-                "activations": number * growth,
-            }
-        if total(parts) > total(found[-1]):
-            found.append(parts)
-    return found[-1]
-
-
-def on_device(batch: Batch, module: pl.LightningModule) -> Batch:
-    """Move a batch to a module."""
-    return Batch(*(column.to(module.device) for column in batch))
-
-
-def total(parts: Parts) -> int:
-    """All of it."""
-    return sum(parts.values())
-
-
-def stored(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, those in a shared storage counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def observe(estimator: HypergradientEstimator, problem: BilevelProblem, live: LiveMemory) -> None:
-    """Show inner steps to an estimator until it remembers as much as it ever will."""
-    before = -1
-    while live.size > before:
-        before = live.size
-        estimator.observe(problem)
-
-
-def marked(problem: BilevelProblem, live: LiveMemory) -> BilevelProblem:
-    """Let the losses of a problem say which level is being computed."""
-
-    def marking(level: str, loss: Loss) -> Tensor:
-        live.level = level
-        return loss()
-
-    def marked_loss(level: str, loss: Loss | MicroBatches) -> Loss | MicroBatches:
-        if isinstance(loss, MicroBatches):
-            return replace(loss, losses=[partial(marking, level, part) for part in loss.losses])
-        return partial(marking, level, loss)
-
-    return replace(
-        problem,
-        inner_loss=marked_loss("inner", problem.inner_loss),
-        outer_loss=marked_loss("outer", problem.outer_loss),
-    )
-
-
-def clear_gradients(module: pl.LightningModule) -> None:
-    """Remove all gradients."""
-    for parameter in module.parameters():
-        parameter.grad = None
-
-
 @contextmanager
-def untouched(module: pl.LightningModule) -> Iterator[None]:
-    """Restore gradients and random state afterwards."""
+def no_trace(module: pl.LightningModule) -> Iterator[None]:
+    """Start without gradients, restore them and the random state afterwards, and show no warnings meanwhile."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    clear_gradients(module)
+    module.zero_grad()
     devices = [module.device] if module.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def micro_batches(module: InstructionOptimization, number: int) -> Iterator[None]:
-    """Compute hypergradients in another number of micro-batches meanwhile."""
-    before, module.micro_batches = module.micro_batches, number
-    try:
-        yield
-    finally:
-        module.micro_batches = before
-
-
-@contextmanager
-def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let a module log nothing meanwhile."""
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        """Log nothing."""
-
-    module.log = nothing  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.log
