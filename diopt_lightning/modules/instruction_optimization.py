@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diopt_lightning.backbones import Backbone
+from diopt_lightning.bilevel import HypergradientEstimator
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions import Instruction
@@ -27,8 +28,10 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
     Args:
         backbone: The language model theta.
         instruction: The learnable instruction phi.
-        options: Those of :class:`~diopt_lightning.BilevelModule` (the paper's ``hypergradient`` is
-            :class:`~diopt_lightning.bilevel.Neumann` with one term), ``max_new_tokens`` and ``instructed_evaluation``.
+        hypergradient: Estimates the gradient of the validation tasks' loss with respect to phi. Default:
+            :class:`~diopt_lightning.bilevel.Chebyshev` with five products. The paper's is
+            :class:`~diopt_lightning.bilevel.Neumann` with one term.
+        options: Those of :class:`~diopt_lightning.BilevelModule`, ``max_new_tokens`` and ``instructed_evaluation``.
 
     Raises:
         ConfigurationError: If an argument is out of range, or the instruction has nothing to learn.
@@ -45,8 +48,14 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
 
     instruction: Instruction
 
-    def __init__(self, backbone: Backbone, instruction: Instruction, **options: Any) -> None:
-        super().__init__(backbone=backbone, instruction=instruction, **options)
+    def __init__(
+        self,
+        backbone: Backbone,
+        instruction: Instruction,
+        hypergradient: HypergradientEstimator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(hypergradient=hypergradient, backbone=backbone, instruction=instruction, **options)
 
     def setup(self, stage: str) -> None:
         """Check before anything is built that there are validation tasks, and a strategy that works.
