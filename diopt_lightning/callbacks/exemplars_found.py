@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.synthetic import BLANK
@@ -12,14 +12,14 @@ from diopt_lightning.instructions.base import Embed
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
 
-class ExemplarsFound(pl.Callback):
+class ExemplarsFound(Callback):
     """Logs ``exemplars_found``: the share of train tasks whose most likely exemplar is the real one.
 
     Of an extractor by instance conversion it is the share of the instances in the inner batch. It looks at the
     experiment's key, which nothing that learns can see.
     """
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to look at.
 
         Raises:
@@ -33,7 +33,7 @@ class ExemplarsFound(pl.Callback):
             )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the share."""
         assert isinstance(pl_module, InstructionEvaluation)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ from diopt_lightning.resuming.processes import of_all_processes
 LOSSES = ("inner_loss", "outer_loss")
 
 
-class Results(pl.Callback):
+class Results(Callback):
     """Writes a run's results to the folder of its logger, and ends with a short table.
 
     After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps. After testing: ``metrics.json``,
@@ -35,14 +35,14 @@ class Results(pl.Callback):
         self._predictions: list[Prediction] = []
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the losses of the step."""
         # Not from the logged metrics: between two outer steps they repeat the last outer loss.
         found = {name: outputs[name].item() for name in LOSSES if isinstance(outputs, dict) and name in outputs}
         self.losses.append((trainer.global_step, found))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write losses."""
         folder = results_folder(trainer)
         if not trainer.is_global_zero or not self.losses:
@@ -62,25 +62,23 @@ class Results(pl.Callback):
         rows |= {name: f"{value.item():.3f}" for name, value in sorted(dev_metrics(trainer).items())}
         self._show(f"{trainer.global_step} steps (losses: mean of the first and of the last tenth)", rows, folder)
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
         """Keep the predictions of the batch."""
         if isinstance(outputs, dict):
             self._predictions += outputs.get("predictions", [])
 
     def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Keep the predictions of the batch."""
         if isinstance(pl_module, InstructionEvaluation):
             self._predictions += outputs
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write predictions."""
         self._write_predictions(trainer, results_folder(trainer))
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write metrics and predictions."""
         folder = results_folder(trainer)
         number = self._write_predictions(trainer, folder)
@@ -92,7 +90,7 @@ class Results(pl.Callback):
         write_json(folder / "metrics.json", {**metrics, **details})
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
-    def _write_predictions(self, trainer: pl.Trainer, folder: Path) -> int:
+    def _write_predictions(self, trainer: Trainer, folder: Path) -> int:
         """Write the predictions of all processes as JSON lines, and return how many there are."""
         predictions = [prediction for own in of_all_processes(self._predictions) for prediction in own]
         self._predictions = []
@@ -123,14 +121,14 @@ class Results(pl.Callback):
         self.losses = [(step, found) for step, found in state_dict["losses"]]
 
 
-def results_folder(trainer: pl.Trainer) -> Path:
+def results_folder(trainer: Trainer) -> Path:
     """The folder of the run's logger, or its root where it has none; all processes must ask for it together."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` waits for the first process to say which
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def dev_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
+def dev_metrics(trainer: Trainer) -> dict[str, Tensor]:
     """The metrics of the last evaluation of dev tasks."""
     return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("dev/")}
 

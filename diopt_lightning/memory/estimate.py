@@ -3,8 +3,8 @@
 from contextlib import suppress
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from diopt_lightning.memory.rehearsal import Parts, Rehearsal
 from diopt_lightning.modules import InstructionOptimization, InstructionTuning
 
 
-class MemoryEstimate(pl.Callback):
+class MemoryEstimate(Callback):
     """Estimates the peak memory of a run's steps before training, by part, and prints it.
 
     The parts are weights, optimizer states, gradients with the vectors of the hypergradient's solver, and activations.
@@ -49,7 +49,7 @@ class MemoryEstimate(pl.Callback):
         """Bytes of the larger step."""
         return max((parts.total() for parts in self.estimate.values()), default=0)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse the steps and print what they will need.
 
         Raises:
@@ -93,17 +93,17 @@ class MemoryEstimate(pl.Callback):
         table.add_row("total", *(readable(parts.total()) for parts in self.estimate.values()))
         console.print(table)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Let a GPU forget what the rehearsal or an evaluation has taken."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Keep the most that a GPU has counted in a step."""
         if pl_module.device.type == "cuda":
             self._measured = max(self._measured, torch.cuda.max_memory_allocated(pl_module.device))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the steps have taken, where something has counted it."""
         if self._measured and trainer.is_global_zero:
             Console().print(

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import lightning.pytorch as pl
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from diopt_lightning.resuming.messages import say
@@ -23,15 +23,11 @@ class KeptConfig(SaveConfigCallback):
     checkpoint.
     """
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the configuration."""
         checkpoint["config"] = self.plain_config
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what differs."""
         if trainer.state.fn == "fit" and "config" in checkpoint:
             say_what_is_changed(*(dict(entries(config)) for config in (checkpoint["config"], self.plain_config)))
@@ -43,7 +39,7 @@ class KeptConfig(SaveConfigCallback):
         return {name: value for name, value in config.items() if name not in LEFT_OUT}
 
 
-class OptimizerOptions(pl.Callback):
+class OptimizerOptions(Callback):
     """Lets a resumed run have the learning rates and other options that it is given, and says which have changed.
 
     Without it, those of the checkpoint replace them without a word. What training itself has changed is no difference:
@@ -55,13 +51,13 @@ class OptimizerOptions(pl.Callback):
         self._given: Options = {}
         self._saved: Options = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the options as they are given, before those of a checkpoint replace them."""
         self._given = {name: numbers_and_names(options) for name, options in options_in_use(trainer).items()}
         if not trainer.ckpt_path:
             self._saved = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put changed ones into effect."""
         for name, options in options_in_use(trainer).items():
             saved, given = self._saved.get(name, {}), self._given.get(name, {})
@@ -103,7 +99,7 @@ def entries(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from entries(value, f"{name}.{key}" if name else str(key))
 
 
-def options_in_use(trainer: pl.Trainer) -> Options:
+def options_in_use(trainer: Trainer) -> Options:
     """The options of each group of each optimizer and of each scheduler, by names for messages."""
     groups = {
         f"group {j} of optimizer {i}": group

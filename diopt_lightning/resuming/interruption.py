@@ -8,8 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from diopt_lightning.resuming.messages import say
@@ -33,7 +33,7 @@ class Interrupted(SystemExit):
         self.number = number
 
 
-class Interruption(pl.Callback):
+class Interruption(Callback):
     """Ends training with a checkpoint when the process gets SIGTERM, as of a preempted job, or Ctrl-C.
 
     The checkpoint is written after the present batch, on all processes together even if one of them alone got the
@@ -45,56 +45,56 @@ class Interruption(pl.Callback):
         self._before: dict[int, Any] = {}
         self._common = 0
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from here on: Lightning, which notes SIGTERM at the end of an epoch, has begun to listen before."""
         self._listen(trainer)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
         self._listen(trainer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop here if told to."""
         if not validation_is_due(trainer):  # the checkpoint of its first batch tells that it was due
             self._stop_if_told_to(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how many batches all processes have, after which they can agree on something."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             batches = torch.tensor(float(min(sum(trainer.num_val_batches), MANY)), device=pl_module.device)
             self._common = int(trainer.strategy.reduce(batches, reduce_op="min"))
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Stop here if told to."""
         if self._common > 0:
             self._common -= 1
             self._stop_if_told_to(trainer)
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same as for a test."""
         self.on_test_start(trainer, pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals end a test at once: nothing is lost that a checkpoint could keep."""
         self._leave_alone()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening."""
         self._leave_alone()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening; a signal for which there was no batch any more does what it does elsewhere."""
         self._leave_alone()
         if self._received:
             received, self._received = self._received, 0
             signal.raise_signal(received)
 
-    def _listen(self, trainer: pl.Trainer) -> None:
+    def _listen(self, trainer: Trainer) -> None:
         """Note signals instead of ending at once."""
         if (
             self._before
@@ -119,7 +119,7 @@ class Interruption(pl.Callback):
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before, self._common = {}, 0
 
-    def _stop_if_told_to(self, trainer: pl.Trainer) -> None:
+    def _stop_if_told_to(self, trainer: Trainer) -> None:
         """Save and raise, on all processes if one of them was told to."""
         if not self._before:
             return

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
 from diopt_lightning.resuming.random_numbers import random_state, set_random_state
 
 
-class RandomState(pl.Callback):
+class RandomState(Callback):
     """Gives training a stream of random numbers of its own, and keeps it in checkpoints, which Lightning does not.
 
     Every batch goes on with the state that the one before it has left, on each process: validation, data loaders and
@@ -19,20 +19,18 @@ class RandomState(pl.Callback):
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the stream of an earlier run that did not end in a checkpoint."""
         if not trainer.ckpt_path:
             self._state = None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on where the last batch has ended."""
         if self._state is not None:
             set_random_state(self._state, pl_module.device)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep where the batch has ended."""
         self._state = random_state(pl_module.device)

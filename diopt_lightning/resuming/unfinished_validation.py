@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 
-class UnfinishedValidation(pl.Callback):
+class UnfinishedValidation(Callback):
     """Lets a resumed run begin a validation again that was due or under way when its checkpoint was written.
 
     Without it, Lightning takes a validation that is due for done: its metrics are missing, and with them checkpoints
@@ -16,17 +16,15 @@ class UnfinishedValidation(pl.Callback):
     def __init__(self) -> None:
         self._running = False
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the beginning."""
         self._running = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the end, before metrics select checkpoints."""
         self._running = False
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count as Lightning does where it is about to validate the first batch."""
         if self._running or validation_is_due(trainer):
             loops = checkpoint["loops"]["fit_loop"]
@@ -39,7 +37,7 @@ class UnfinishedValidation(pl.Callback):
             progress["is_last_batch"] = False
 
 
-def validation_is_due(trainer: pl.Trainer) -> bool:
+def validation_is_due(trainer: Trainer) -> bool:
     """Whether validation follows the training batch that has just been computed."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     counts: Any = loop.batch_progress.total
