@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diopt_lightning.bilevel import BilevelProblem
+from tests.tolerances import Error
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -174,9 +175,9 @@ def minimize(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
 CASES = [Quadratic, RidgePenalty, DataWeights, Network]
 
 
-def relative_error(found: list[Tensor], expected: Tensor) -> float:
+def relative_error(found: list[Tensor] | tuple[Tensor, ...], expected: Tensor) -> Error:
     """Distance of a hypergradient to the expected one, relative to its norm."""
-    return ((flat(found) - expected).norm() / expected.norm()).item()
+    return Error((flat(found) - expected).norm() / expected.norm())
 
 
 def tied_network(dtype: torch.dtype = torch.float64) -> tuple[BilevelProblem, nn.Module, Tensor]:
