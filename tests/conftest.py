@@ -13,6 +13,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from diopt_lightning.data.synthetic import WORDS, BlankExemplars, word_tokenizer
+from tests.tolerances import Recorder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ALL_THREADS = torch.get_num_threads()
@@ -27,6 +28,18 @@ TINY_T5 = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the tests, for checks on how far rounding decides them; see tests/tolerances.py."""
+    parser.addoption("--threads", type=int, default=1, help="threads of quick tests (default: 1)")
+    parser.addoption("--tolerances", metavar="FILE", help="append to FILE what assertions use of their tolerance")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record what assertions use of their tolerances, where asked to."""
+    if config.getoption("--tolerances"):
+        config.pluginmanager.register(Recorder(config.getoption("--tolerances"), config.getoption("--threads")))
+
+
 @pytest.fixture(autouse=True)
 def _run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a test writes by default lands in the checkout, and nothing random differs between runs."""
@@ -37,7 +50,8 @@ def _run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def _compute_small_things_on_one_thread(request: pytest.FixtureRequest) -> None:
     """The models of quick tests take longer on two threads than on one; slow tests run as a user's command does."""
-    torch.set_num_threads(ALL_THREADS if request.node.get_closest_marker("slow") else 1)
+    slow = request.node.get_closest_marker("slow")
+    torch.set_num_threads(ALL_THREADS if slow else request.config.getoption("--threads"))
 
 
 @pytest.fixture

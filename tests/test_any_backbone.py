@@ -23,6 +23,7 @@ from diopt_lightning.instructions import CandidatePool, EmbedderDP, EmbedderIC, 
 from tests.helpers import quiet_trainer
 from tests.test_backbones import FAMILIES
 from tests.test_text_modules import data, moved
+from tests.tolerances import Error
 
 LLAMA = FAMILIES["llama"]
 GPT2 = FAMILIES["gpt2"] | {"n_positions": 2048}  # for the data module's limits
@@ -245,8 +246,8 @@ class TestPrecision:
         cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=0).item()
         error = ((exact - rounded).norm() / exact.norm()).item()
         print(f"{precision}: cosine {cosine:.5f}, relative error {error:.4f}")
-        assert least < cosine < 1 - 1e-7  # rounded indeed
-        assert error < 0.2
+        assert 1e-7 < Error(1 - cosine) < 1 - least  # rounded indeed
+        assert Error(error) < 0.2
 
     @pytest.mark.parametrize("form", FORMS)
     def test_every_kind_of_instruction_trains_beside_a_model_in_half_precision(self, form, blank_exemplars, tmp_path):

@@ -1,12 +1,13 @@
 """Problems whose hypergradients are known in closed form or from a dense solve, in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diopt_lightning.bilevel import BilevelProblem
+from tests.tolerances import Error
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -20,7 +21,7 @@ def spd(size: int, seed: int) -> Tensor:
     return root @ root.T / size + torch.eye(size, dtype=torch.float64)
 
 
-def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors into one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
@@ -174,9 +175,38 @@ def minimize(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
 CASES = [Quadratic, RidgePenalty, DataWeights, Network]
 
 
-def relative_error(found: list[Tensor], expected: Tensor) -> float:
+def relative_error(found: Sequence[Tensor], expected: Tensor) -> Error:
     """Distance of a hypergradient to the expected one, relative to its norm."""
-    return ((flat(found) - expected).norm() / expected.norm()).item()
+    return Error((flat(found) - expected).norm() / expected.norm())
+
+
+def rounding_of_differences(
+    problem: BilevelProblem, v: list[Tensor], products: Sequence[Sequence[Tensor]]
+) -> list[float]:
+    r"""How far apart two central differences may be that add in different orders, relative to what they are.
+
+    A gradient comes from about 16 rounded operations one after the other (the product with the rows, tanh, the error,
+    its square, its weight, their mean, and the derivative of each), so its relative error is at most 16 eps / 2. With
+    those of two gradients, over twice the step, a difference is off by 16 (eps / 2) |g| / step, and two differences
+    are by 16 eps |g| / step from each other: 1e-9 to 4e-8 of products as long as they are in the tests, as the step is
+    4e-7. `test_rounding.py` says how much of that other orders take up.
+
+    Args:
+        problem: In float64.
+        v: What the products are with.
+        products: The one with the Hessian and the mixed one.
+
+    Returns:
+        A relative error for each product.
+    """
+    theta, eps = list(problem.inner_parameters), torch.finfo(torch.float64).eps
+    gradients = torch.autograd.grad(problem.inner_loss(), [*theta, *problem.outer_parameters])
+    step = eps ** (1 / 3) / 16 * (1 + flat(theta).norm()).sqrt() / flat(v).norm()  # that of `FiniteDifference`
+    parts = gradients[: len(theta)], gradients[len(theta) :]
+    return [
+        (16 * eps * flat(g).norm() / step / flat(product).norm()).item()
+        for g, product in zip(parts, products, strict=True)
+    ]
 
 
 def tied_network(dtype: torch.dtype = torch.float64) -> tuple[BilevelProblem, nn.Module, Tensor]:

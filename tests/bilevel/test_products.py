@@ -25,7 +25,8 @@ from diopt_lightning.bilevel import (
 )
 from diopt_lightning.bilevel.vectors import Vector
 from diopt_lightning.errors import ConfigurationError
-from tests.bilevel.problems import Network, flat, randn, relative_error
+from tests.bilevel.problems import Network, flat, randn, relative_error, rounding_of_differences
+from tests.tolerances import Error
 
 pytestmark = pytest.mark.filterwarnings("error::diopt_lightning.bilevel.ConvergenceWarning")
 PRODUCTS = [
@@ -53,7 +54,7 @@ def test_equals_the_dense_matrices(make, tolerance):
             assert relative_error(linearization.hessian(v), case.hessian @ flat(v)) < tolerance
         assert linearization.inner_loss.item() == pytest.approx(case.problem.inner_loss().item(), rel=1e-9)
         expected = flat(torch.autograd.grad(case.problem.inner_loss(), case.problem.inner_parameters))
-        assert (flat(linearization.gradient()) - expected).norm() < 1e-12
+        assert Error((flat(linearization.gradient()) - expected).norm()) < 1e-12
     assert all(torch.equal(a, b) for a, b in zip(before, case.problem.inner_parameters, strict=True))
 
 
@@ -118,15 +119,21 @@ def weighted_parts(parts: list[slice]) -> tuple[BilevelProblem, BilevelProblem]:
     return whole, BilevelProblem(split, split, [theta], [phi])
 
 
+def tolerances(product: Any, problem: BilevelProblem, v: Vector, products: tuple[Vector, Vector]) -> list[float]:
+    """Relative ones of both products where sums are in another order."""
+    return rounding_of_differences(problem, v, products) if product is FiniteDifference else [1e-9, 1e-9]
+
+
 @pytest.mark.parametrize("product", [DoubleBackward, ReverseOverForward, FiniteDifference, GaussNewton])
 def test_micro_batches_equal_the_whole_batch(product):
     whole, split = weighted_parts([slice(0, 2), slice(2, 7), slice(7, 12)])
     v = random_vector(whole)
     with product().linearize(whole) as one, product().linearize(split) as several:
         expected, found = one.both(v), several.both(v)
-        assert relative_error(found[0], flat(expected[0])) < 1e-9
-        assert relative_error(found[1], flat(expected[1])) < 1e-9
-        assert relative_error(several.hessian(v), flat(expected[0])) < 1e-9
+        curvature, mixed = tolerances(product, whole, v, expected)
+        assert relative_error(found[0], flat(expected[0])) < curvature
+        assert relative_error(found[1], flat(expected[1])) < mixed
+        assert relative_error(several.hessian(v), flat(expected[0])) < curvature
         assert several.inner_loss.item() == pytest.approx(one.inner_loss.item(), rel=1e-9)
         assert relative_error(several.gradient(), flat(one.gradient())) < 1e-9
 
@@ -149,9 +156,11 @@ def test_a_fraction_takes_the_hessian_of_the_first_parts_and_the_mixed_term_of_a
         curvature, mixed = stochastic.both(v)
         alone = stochastic.hessian(v)
     with product().linearize(first) as part, product().linearize(whole) as everything:
-        assert relative_error(curvature, flat(part.hessian(v))) < 1e-9
-        assert relative_error(alone, flat(part.hessian(v))) < 1e-9
-        assert relative_error(mixed, flat(everything.both(v)[1])) < 1e-9
+        expected, of_all = part.both(v), everything.both(v)
+        tolerance, _ = tolerances(product, first, v, expected)
+        assert relative_error(curvature, flat(expected[0])) < tolerance
+        assert relative_error(alone, flat(expected[0])) < tolerance
+        assert relative_error(mixed, flat(of_all[1])) < tolerances(product, whole, v, of_all)[1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5])
@@ -220,7 +229,7 @@ def test_differences_check_themselves_and_say_where_they_are_wrong():
         assert linearization.statistics["finite_difference_error"] > 0.05
     smooth, _ = language_model("gated-gelu")
     estimator = Identity(product=FiniteDifference())
-    assert estimator(smooth).statistics["finite_difference_error"] < 0.05
+    assert Error(estimator(smooth).statistics["finite_difference_error"]) < 0.05
     assert "finite_difference_error" not in estimator(smooth).statistics  # once a run
     assert "finite_difference_error" not in Identity(product=FiniteDifference(check=False))(smooth).statistics
 

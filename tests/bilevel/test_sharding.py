@@ -143,6 +143,11 @@ def test_two_processes_that_share_a_model_equal_one(name, micro_batches):
     assert expected[0].norm() > 0
     # Differences magnify rounding, by the square root of the precision or by its third.
     tolerance = 1e-7 if name.startswith(("penalty", "neumann_forward")) else 1e-9
+    if name.startswith("natural"):
+        # `rounding_of_differences` is proportional to p: 16 eps |g| |p| / distance = 7e-10 |p|, with |g| = 0.15 and a
+        # distance of 7e-7. That of the others is 0.3 to 1.8, that of these is divided by their damping: 80 and 160.
+        # The hypergradient is longer too, which the relative tolerance covers, but some of its entries are not.
+        tolerance = 1e-8
     on_two_processes(compare, SHARDABLE[name], expected, micro_batches, tolerance)
 
 
