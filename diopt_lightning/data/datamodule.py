@@ -201,12 +201,10 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return self._evaluation_loader("dev") if self.splits.dev else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The test tasks."""
+        """The test tasks, to test on or to predict."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test tasks."""
-        return self._evaluation_loader("test")
+    predict_dataloader = test_dataloader
 
     def longest_batch(self, split: str, rows: int) -> Batch:
         """A batch as large as batches of a set get; see :func:`~diopt_lightning.data.sampling.longest_batch`.

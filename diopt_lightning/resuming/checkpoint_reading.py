@@ -12,23 +12,9 @@ import torch
 
 from diopt_lightning.errors import ConfigurationError
 
-# What damaged files make of readers that expect sound ones.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    RuntimeError,  # NotImplementedError too
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
+# What damaged files make of readers that expect sound ones. (NotImplementedError is a RuntimeError.)
+DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, MemoryError)
+UNREADABLE = (*DAMAGED, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, **options: Any) -> dict[str, Any]:
