@@ -150,7 +150,7 @@ class BilevelModule(pl.LightningModule, ABC):
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
-        self._round = UnfinishedRound(inner_accumulation, outer_accumulation, self.hypergradient.remembers)
+        self._round = UnfinishedRound(inner_accumulation, outer_accumulation, self.hypergradient.recorded_steps)
         self._memory: list[Any] = []
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
@@ -304,7 +304,7 @@ class BilevelModule(pl.LightningModule, ABC):
     def _go_on(self, outer_batch: Any) -> None:
         """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""
         problems = [self.problem(batches, outer_batch) for batches in self._round.steps]
-        self.hypergradient.recall(self._memory, [problem.inner_loss for problem in problems])
+        self.hypergradient.restore_recorded(self._memory, [problem.inner_loss for problem in problems])
         self._memory = []
         if not self._round.inner_batches:
             return
@@ -456,8 +456,8 @@ class BilevelModule(pl.LightningModule, ABC):
         steps_to_come = self.inner_steps - self.inner_steps_taken % self.inner_steps
         accumulated = self.inner_batches_seen % self.inner_accumulation
         pairs_to_come = steps_to_come * self.inner_accumulation - accumulated
-        remembered = max(0, self.hypergradient.remembers - steps_to_come)
-        memory = self.hypergradient.memory(remembered)
+        remembered = max(0, self.hypergradient.recorded_steps - steps_to_come)
+        memory = self.hypergradient.recorded_state(remembered)
         unfinished = self._round.state(accumulated, max(0, self.outer_accumulation - pairs_to_come), remembered)
         checkpoint["bilevel"] = {
             "inner_batches_seen": self.inner_batches_seen,

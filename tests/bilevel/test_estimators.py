@@ -54,15 +54,15 @@ EXACT: list[tuple[str, Callable[[], HypergradientEstimator]]] = [
     ("chebyshev", lambda: Chebyshev(products=300, accuracy=1e-9)),
     ("chebyshev-warm", lambda: Repeated(Chebyshev(products=20, accuracy=1e-3, warm_start=True), times=6)),
     ("conjugate-gradient", lambda: ConjugateGradient(products=60, damping=0.0, tolerance=1e-12)),
-    ("conjugate-gradient-warm", lambda: Repeated(ConjugateGradient(8, damping=0.0, warm_start=True), times=6)),
+    ("conjugate-gradient-warm", lambda: Repeated(ConjugateGradient(products=8, damping=0.0, warm_start=True), times=6)),
     ("minres", lambda: MinRes(products=60, tolerance=1e-12)),
     ("minres-warm", lambda: Repeated(MinRes(products=8, warm_start=True), times=8)),
     ("nystrom", lambda: Nystrom(rank=64, damping=1e-9)),
     ("unrolled", lambda: Unrolled(steps=1000)),
     ("penalty", lambda: Penalty(steps=2000, multiplier=1e7)),
     ("penalty-warm", lambda: Repeated(Penalty(steps=100, multiplier=1e7, warm_start=True), times=20)),
-    ("reverse-over-forward", lambda: ConjugateGradient(60, 0.0, 1e-12, product=ReverseOverForward())),
-    ("central-differences", lambda: ConjugateGradient(60, 0.0, 1e-12, product=FiniteDifference())),
+    ("reverse-over-forward", lambda: ConjugateGradient(60, damping=0.0, tolerance=1e-12, product=ReverseOverForward())),
+    ("central-differences", lambda: ConjugateGradient(60, damping=0.0, tolerance=1e-12, product=FiniteDifference())),
     ("forward-differences", lambda: Neumann(terms=3000, product=FiniteDifference("forward"))),
 ]
 
@@ -88,7 +88,7 @@ def test_converges_to_the_closed_form(name, make, case):
 
 def test_gauss_newton_is_exact_where_the_model_is_linear():
     for case in (CASES[1](), CASES[2]()):
-        estimate = ConjugateGradient(60, 0.0, 1e-12, product=GaussNewton())(case.problem)
+        estimate = ConjugateGradient(60, damping=0.0, tolerance=1e-12, product=GaussNewton())(case.problem)
         assert relative_error(estimate.gradient, case.expected) < 1e-10
 
 
