@@ -34,6 +34,6 @@ def require_at_least(least: int, of: str = "", hint: str = "", **numbers: float 
         diopt_lightning.errors.ConfigurationError: `rank` of LoRA must be 1 or more, got 0.
     """
     for name, number in numbers.items():
-        if number is not None and number < least:
+        if number is not None and not number >= least:  # nor NaN
             whose, then = f" of {of}" if of else "", f" {hint}" if hint else ""
             raise ConfigurationError(f"`{name}`{whose} must be {least} or more, got {number}.{then}")

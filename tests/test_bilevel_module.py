@@ -9,28 +9,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from diopt_lightning import BilevelModule, ConfigurationError
 from diopt_lightning.bilevel import (
-    SAMA,
     BilevelProblem,
-    Chebyshev,
-    ConjugateGradient,
     ConvergenceWarning,
-    DoubleBackward,
-    FiniteDifference,
     Hypergradient,
     HypergradientEstimator,
-    MinRes,
-    NaturalHypergradient,
     Neumann,
     Nystrom,
     Penalty,
-    Spectrum,
-    Unrolled,
 )
 from diopt_lightning.callbacks import Results
+from tests.estimators import Claim, claiming
 from tests.helpers import quiet_trainer
 
 
@@ -50,7 +43,8 @@ class HyperCleaning(BilevelModule):
 
     def inner_loss(self, batch: Any) -> Tensor:
         x, y, index = batch
-        return (self.weights[index].sigmoid() * (self.model(x) - y).square().squeeze(1)).mean()
+        errors = F.mse_loss(self.model(x), y, reduction="none").squeeze(1)
+        return (self.weights[index].sigmoid() * errors).mean()
 
     def outer_loss(self, batch: Any) -> Tensor:
         x, y, _ = batch
@@ -191,19 +185,12 @@ def test_dropout_is_off_in_the_hypergradient_and_on_afterwards():
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 @pytest.mark.parametrize(
-    ("estimator", "inner_steps"),
-    [
-        (lambda: Neumann(terms=2, spectrum=Spectrum(refresh_every=2)), 1),
-        (lambda: Chebyshev(warm_start=True), 4),
-        (lambda: Nystrom(rank=3), 2),
-        (lambda: Penalty(warm_start=True), 2),
-        (lambda: NaturalHypergradient(rank=3), 2),
-        (lambda: SAMA(), 2),
-    ],
+    ("name", "inner_steps"),
+    [*((name, 2) for name in claiming(Claim.GUARANTEES)), ("neumann", 1), ("chebyshev_warm", 4)],
 )
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, estimator, inner_steps):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, name, inner_steps):
     def make() -> HyperCleaning:
-        return HyperCleaning(hypergradient=estimator(), inner_steps=inner_steps)
+        return HyperCleaning(hypergradient=claiming(Claim.GUARANTEES)[name](), inner_steps=inner_steps)
 
     whole = make()
     quiet_trainer(max_epochs=3).fit(whole, loaders())
@@ -299,23 +286,10 @@ class InTurn(pl.LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        lambda: Neumann(terms=2, step_size=0.05),
-        lambda: Chebyshev(),
-        lambda: ConjugateGradient(products=5, product=FiniteDifference()),
-        lambda: MinRes(products=5),
-        lambda: Nystrom(rank=3),
-        lambda: SAMA(product=DoubleBackward()),
-        lambda: Unrolled(steps=2),
-        lambda: Penalty(step_size=0.05, multiplier=100.0),
-        lambda: NaturalHypergradient(rank=2),
-    ],
-)
-def test_two_processes_equal_one_with_the_double_batch(estimator):
+@pytest.mark.parametrize("make", claiming(Claim.PROCESSES).values(), ids=claiming(Claim.PROCESSES))
+def test_two_processes_equal_one_with_the_double_batch(make):
     options: dict[str, Any] = {"inner_steps": 2, "inner_gradient_clip": 0.1, "outer_gradient_clip": 0.01}
-    one, two = (HyperCleaning(hypergradient=estimator(), **options) for _ in range(2))
+    one, two = (HyperCleaning(hypergradient=make(), **options) for _ in range(2))
     quiet_trainer(max_steps=6).fit(one, InTurn())
     quiet_trainer(max_steps=6, devices=2, strategy="ddp_fork", callbacks=[EqualOnAllProcesses()]).fit(two, InTurn())
     torch.testing.assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=1e-10)

@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 
+from diopt_lightning.bilevel import HypergradientEstimator, Product
 from diopt_lightning.cli import DioptCLI, main, run
 from diopt_lightning.data import BlankExemplars
 from tests.conftest import TINY_T5
+from tests.estimators import exported
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -31,23 +33,9 @@ PARTS = [
     ("instruction", "diopt_lightning.instructions.EmbedderIC"),
     ("instruction", "diopt_lightning.instructions.ExtractorIC"),
     ("instruction", "diopt_lightning.instructions.Composition"),
-    *(
-        ("hypergradient", f"diopt_lightning.bilevel.{name}")
-        for name in (
-            "Chebyshev",
-            "ConjugateGradient",
-            "Identity",
-            "MinRes",
-            "NaturalHypergradient",
-            "Neumann",
-            "Nystrom",
-            "Penalty",
-            "SAMA",
-            "Unrolled",
-        )
-    ),
+    *(("hypergradient", f"diopt_lightning.bilevel.{each.__name__}") for each in exported(HypergradientEstimator)),
 ]
-PRODUCTS = ["DoubleBackward", "FiniteDifference", "GaussNewton", "ReverseOverForward"]
+PRODUCTS = [product.__name__ for product in exported(Product)]
 
 
 def parse(*arguments: str) -> Any:

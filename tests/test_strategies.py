@@ -20,11 +20,8 @@ from diopt_lightning.bilevel import (
     Chebyshev,
     DoubleBackward,
     FiniteDifference,
-    NaturalHypergradient,
     Neumann,
     Nystrom,
-    Penalty,
-    Spectrum,
     Unrolled,
 )
 from diopt_lightning.bilevel.sharding import is_sharded, whole
@@ -32,6 +29,7 @@ from diopt_lightning.callbacks import LearnedInstructions, Results
 from diopt_lightning.instructions import EmbedderDP
 from diopt_lightning.resuming.checkpoint_finding import find_checkpoint
 from tests.conftest import TINY_T5
+from tests.estimators import Claim, claiming
 from tests.helpers import quiet_trainer
 from tests.processes import on_two_processes, sharding_trainer
 from tests.test_backbones import FAMILIES
@@ -52,13 +50,8 @@ class Sharded(HyperCleaning):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
-ESTIMATORS = {
-    "chebyshev": lambda: Chebyshev(spectrum=Spectrum(products=3), product=differences()),
-    "sama": SAMA,
-    "penalty": Penalty,
-    "unrolled": lambda: Unrolled(steps=2, product=differences()),
-    "natural": lambda: NaturalHypergradient(product=differences()),
-}
+ESTIMATORS = claiming(Claim.SHARDED)
+QUICK = ("chebyshev_differences", "sama", "penalty_warm", "unrolled_differences", "natural_differences")
 OPTIONS: dict[str, Any] = {"inner_steps": 2, "inner_gradient_clip": 0.1, "outer_gradient_clip": 0.01}
 
 
@@ -74,7 +67,10 @@ def share_a_model(name: str, micro_batches: int, expected: list[Tensor]) -> None
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize(("name", "micro_batches"), [*((name, 1) for name in ESTIMATORS), ("sama", 2)])
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [*(pytest.param(name, 1, marks=() if name in QUICK else pytest.mark.slow) for name in ESTIMATORS), ("sama", 2)],
+)
 def test_two_processes_that_share_a_model_train_as_one(name, micro_batches):
     one = HyperCleaning(hypergradient=ESTIMATORS[name](), **OPTIONS)
     quiet_trainer(max_steps=6).fit(one, InTurn())

@@ -12,49 +12,18 @@ import torch.nn.functional as F
 
 from diopt_lightning import InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomCausal
-from diopt_lightning.bilevel import (
-    SAMA,
-    Chebyshev,
-    ConjugateGradient,
-    DoubleBackward,
-    FiniteDifference,
-    GaussNewton,
-    HypergradientEstimator,
-    Identity,
-    MinRes,
-    NaturalHypergradient,
-    Neumann,
-    Nystrom,
-    Penalty,
-    ReverseOverForward,
-    Unrolled,
-)
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.synthetic import WORDS
 from diopt_lightning.instructions import CandidatePool, EmbedderDP, ExtractorDP, Instruction, Soft
 from tests.conftest import task_document
+from tests.estimators import Claim, claiming
 from tests.helpers import quiet_trainer
 from tests.test_backbones import FAMILIES
 from tests.tolerances import Error
 
 # What warns of a system that a handful of products does not solve is no matter here.
 pytestmark = pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-ESTIMATORS: dict[str, Callable[[], HypergradientEstimator]] = {
-    "neumann": lambda: Neumann(terms=2, step_size=1e-2),
-    "chebyshev": Chebyshev,
-    "chebyshev_forward_mode": lambda: Chebyshev(products=2, product=ReverseOverForward()),
-    "conjugate_gradient": lambda: ConjugateGradient(products=3, product=GaussNewton()),
-    "minres": lambda: MinRes(products=3),
-    "nystrom": lambda: Nystrom(rank=2),
-    "identity": lambda: Identity(product=DoubleBackward()),
-    "differences": lambda: Identity(product=FiniteDifference(check=False)),
-    # Differences over the short distances that these two choose by themselves multiply the rounding of sums in another
-    # order: phi differs by up to 1e-4 in float32 and 1e-9 in float64 then.
-    "sama": lambda: SAMA(product=DoubleBackward()),
-    "penalty": lambda: Penalty(steps=2, step_size=1e-2, multiplier=10.0),
-    "unrolled": lambda: Unrolled(steps=2),
-    "natural": lambda: NaturalHypergradient(rank=2),
-}
+ESTIMATORS = claiming(Claim.PROCESSES)
 # Both without random draws, which are others on other processes.
 FORMS: dict[str, Callable[[], Instruction]] = {
     "embedder": lambda: EmbedderDP(length=2),

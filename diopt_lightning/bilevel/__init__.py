@@ -5,7 +5,7 @@ from diopt_lightning.bilevel.estimators.base import Hypergradient, Hypergradient
 from diopt_lightning.bilevel.estimators.chebyshev import Chebyshev
 from diopt_lightning.bilevel.estimators.conjugate_gradient import ConjugateGradient
 from diopt_lightning.bilevel.estimators.identity import Identity
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.estimators.krylov import KrylovEstimator
 from diopt_lightning.bilevel.estimators.minres import MinRes
 from diopt_lightning.bilevel.estimators.natural import NaturalHypergradient
@@ -49,6 +49,7 @@ __all__ = [
     "ProcessAverage",
     "Product",
     "ReverseOverForward",
+    "Solution",
     "Spectrum",
     "Unrolled",
     "average_over_processes",

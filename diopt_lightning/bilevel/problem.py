@@ -115,7 +115,7 @@ class BilevelProblem:
         return parts(self.inner_loss)
 
     def outer_parts(self) -> list[tuple[Loss, float]]:
-        """The same of the outer loss."""
+        """The parts of the outer loss and their weights, which sum to one; a single part where it is not split."""
         return parts(self.outer_loss)
 
 

@@ -165,7 +165,7 @@ class Rehearsal:
         self._inner_loss(batches["inner"]).backward()  # type: ignore[no-untyped-call]
         with self.trainer.precision_plugin.train_step_context(), live:
             # Some estimators look at gradients of inner steps; none learns more from further ones.
-            for _ in range(max(estimator.remembers, 1)):
+            for _ in range(max(estimator.recorded_steps, 1)):
                 estimator.observe(problem)
             module.zero_grad()
             number = module.outer_level.accumulation - 1

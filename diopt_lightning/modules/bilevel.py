@@ -127,7 +127,9 @@ class BilevelModule(TwoLevels):
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
-        self._round = UnfinishedRound(inner_steps, inner_accumulation, outer_accumulation, self.hypergradient.remembers)
+        self._round = UnfinishedRound(
+            inner_steps, inner_accumulation, outer_accumulation, self.hypergradient.recorded_steps
+        )
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
         self._outer_norms = OuterNorms()
@@ -223,7 +225,7 @@ class BilevelModule(TwoLevels):
     def _return_to_the_round(self, recorded: list[Any], outer_batch: Any) -> None:
         """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""
         problems = [self.problem(batches, outer_batch) for batches in self._round.steps]
-        self.hypergradient.recall(recorded, [problem.inner_loss for problem in problems])
+        self.hypergradient.restore_recorded(recorded, [problem.inner_loss for problem in problems])
         if not self._round.inner_batches:
             return
         # As in a model's running means, which have seen these batches already.
@@ -238,7 +240,7 @@ class BilevelModule(TwoLevels):
         """Add the counters, the estimator's state and what will still be used of an unfinished round."""
         super().on_save_checkpoint(checkpoint)
         needed = self._round.still_needed(self.inner_batches_seen, self.inner_steps_taken)
-        recorded = self.hypergradient.memory(needed.steps)
+        recorded = self.hypergradient.recorded_state(needed.steps)
         checkpoint["bilevel"] = {
             "inner_batches_seen": self.inner_batches_seen,
             "inner_steps_taken": self.inner_steps_taken,

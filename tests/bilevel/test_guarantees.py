@@ -1,4 +1,7 @@
-"""What every estimator guarantees: nothing left behind, tied parameters once, zeros for what is out of reach."""
+"""What every estimator guarantees: nothing left behind, tied parameters once, zeros for what is out of reach.
+
+``CHECKS`` are the tests of that. Each takes a function that makes the estimator, so that others can be given to them.
+"""
 
 import gc
 import resource
@@ -13,40 +16,44 @@ from torch import Tensor
 from diopt_lightning.bilevel import (
     SAMA,
     BilevelProblem,
-    Chebyshev,
-    ConjugateGradient,
-    DoubleBackward,
+    FiniteDifference,
     Hypergradient,
     HypergradientEstimator,
-    Identity,
+    ImplicitEstimator,
+    Linearization,
     MicroBatches,
-    MinRes,
     NaturalHypergradient,
-    Neumann,
-    Nystrom,
-    Penalty,
+    Product,
+    Solution,
     Unrolled,
 )
+from diopt_lightning.bilevel.vectors import Vector
 from diopt_lightning.errors import ConfigurationError
-from tests.bilevel.problems import randn, tied_network
+from tests.bilevel.problems import flat, randn, tied_network
+from tests.estimators import ESTIMATORS, PRODUCTS, Claim, Make, claiming, exported
 from tests.tolerances import Error
 
 pytestmark = pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 
-ESTIMATORS: list[Callable[[], HypergradientEstimator]] = [
-    lambda: Neumann(terms=3),
-    lambda: Chebyshev(warm_start=True),
-    lambda: ConjugateGradient(products=5, warm_start=True),
-    lambda: MinRes(products=5, warm_start=True),
-    lambda: Nystrom(rank=3),
-    lambda: Identity(),
-    lambda: SAMA(),
-    lambda: Unrolled(steps=2),
-    lambda: Penalty(warm_start=True),
-    lambda: NaturalHypergradient(),
-    lambda: NaturalHypergradient(rank=2),
-]
-every_estimator = pytest.mark.parametrize("make", ESTIMATORS, ids=[type(make()).__name__ for make in ESTIMATORS])
+CHECKS: list[Callable[[Make], None]] = []
+
+
+def every_estimator(check: Callable[[Make], None]) -> Callable[[Make], None]:
+    """Let a test run for all estimators, and for those of other files."""
+    CHECKS.append(check)
+    settings = claiming(Claim.GUARANTEES)
+    return pytest.mark.parametrize("make", settings.values(), ids=settings)(check)
+
+
+def test_every_exported_estimator_and_product_has_its_rows():
+    for estimator in exported(HypergradientEstimator):
+        claims = [row.claims for row in ESTIMATORS if type(row.make()) is estimator]
+        missing = [claim.name for claim in Claim.COMMON if not any(claim in each for each in claims)]
+        if estimator.supports_sharding is not False and not any(Claim.SHARDED in each for each in claims):
+            missing.append(Claim.SHARDED.name)
+        assert not missing, f"ESTIMATORS of tests/estimators.py has no row of {estimator.__name__} for {missing}"
+    tested = {type(row.make()) for row in PRODUCTS}
+    assert tested == set(exported(Product)), "PRODUCTS of tests/estimators.py are not those that are exported"
 
 
 def step(estimator: HypergradientEstimator, problem: BilevelProblem) -> None:
@@ -152,10 +159,8 @@ def test_vectors_are_float32_where_parameters_are_bfloat16(make):
     estimates = []
     for each in (exact, problem):
         estimator = make()
-        if isinstance(estimator, SAMA):
-            estimator.product = DoubleBackward()
         step(estimator, each)
-        if isinstance(estimator, Penalty) and each is problem:
+        if estimator.supports_sharding and each is problem:  # it takes differences of first derivatives
             with pytest.raises(ConfigurationError, match=r"less than torch\.bfloat16 can hold"):
                 estimator(each)
             return
@@ -187,7 +192,7 @@ def test_a_resumed_estimator_goes_on_bitwise(make):
             torch.manual_seed(number)
             problem, _, phi = tied_network()
             phi.data.normal_()
-            for _ in range(2):  # Unrolled keeps two, which are not part of its state
+            for _ in range(max(2, estimator.recorded_steps)):  # what is on record is not part of the state
                 observe_ones(estimator, problem)
             found.append(estimator(problem).gradient[0])
         return found
@@ -200,7 +205,7 @@ def test_a_resumed_estimator_goes_on_bitwise(make):
 
 
 @pytest.mark.slow
-@every_estimator
+@pytest.mark.parametrize("make", claiming(Claim.GUARANTEES).values(), ids=claiming(Claim.GUARANTEES))
 def test_memory_stays_flat_over_a_thousand_calls(make):
     theta, phi = torch.randn(20_000).requires_grad_(), torch.randn(20_000).requires_grad_()
     optimizer = torch.optim.Adam([theta])
@@ -239,31 +244,31 @@ def theta_phi() -> tuple[Tensor, Tensor]:
     return torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, p: {"inner_parameters": []}, "`inner_parameters` is empty"),
-        (lambda t, p: {"outer_parameters": [torch.ones(2)]}, r"`outer_parameters\[0\]`.*does not require a gradient"),
-        (lambda t, p: {"outer_parameters": [t]}, "both inner and outer"),
-        (lambda t, p: {"inner_loss": lambda: t * p}, "`inner_loss` returned a tensor of shape"),
-        (lambda t, p: {"inner_loss": lambda: (t * p).sum().detach()}, "without a gradient graph"),
-        (lambda t, p: {"inner_loss": lambda: p.square().sum()}, "depends on none of the `inner_parameters`"),
-        (lambda t, p: {"outer_loss": lambda: p.square().sum()}, "depends on none of the `inner_parameters`"),
-        (lambda t, p: {"outer_loss": lambda: 1.0}, "expected a scalar tensor"),
-    ],
-)
+BAD_PROBLEMS: list[tuple[Callable[[Tensor, Tensor], dict[str, Any]], str]] = [
+    (lambda t, p: {"inner_parameters": []}, "`inner_parameters` is empty"),
+    (lambda t, p: {"outer_parameters": [torch.ones(2)]}, r"`outer_parameters\[0\]`.*does not require a gradient"),
+    (lambda t, p: {"outer_parameters": [t]}, "both inner and outer"),
+    (lambda t, p: {"inner_loss": lambda: t * p}, "`inner_loss` returned a tensor of shape"),
+    (lambda t, p: {"inner_loss": lambda: (t * p).sum().detach()}, "without a gradient graph"),
+    (lambda t, p: {"inner_loss": lambda: p.square().sum()}, "depends on none of the `inner_parameters`"),
+    (lambda t, p: {"outer_loss": lambda: p.square().sum()}, "depends on none of the `inner_parameters`"),
+    (lambda t, p: {"outer_loss": lambda: 1.0}, "expected a scalar tensor"),
+]
+
+
 @every_estimator
-def test_bad_problems_get_one_clear_error(change, message, make):
-    theta, phi = theta_phi()
-    arguments = {
-        "inner_loss": lambda: (theta * phi).square().sum(),
-        "outer_loss": lambda: theta.square().sum(),
-        "inner_parameters": [theta],
-        "outer_parameters": [phi],
-        "inner_optimizer": torch.optim.Adam([theta]),
-    } | change(theta, phi)
-    with pytest.raises(ValueError, match=message):
-        estimate(make(), arguments)
+def test_bad_problems_get_one_clear_error(make):
+    for change, message in BAD_PROBLEMS:
+        theta, phi = theta_phi()
+        arguments = {
+            "inner_loss": lambda t=theta, p=phi: (t * p).square().sum(),
+            "outer_loss": lambda t=theta: t.square().sum(),
+            "inner_parameters": [theta],
+            "outer_parameters": [phi],
+            "inner_optimizer": torch.optim.Adam([theta]),
+        } | change(theta, phi)
+        with pytest.raises(ValueError, match=message):
+            estimate(make(), arguments)
 
 
 @every_estimator
@@ -288,6 +293,41 @@ def test_what_is_not_finite_is_reported_with_its_place(make):
     places = r"product 1 of .* second derivatives|gradient of the inner loss|inner step 1 from the last"
     with pytest.raises(FloatingPointError, match=places):
         estimator(inner)
+
+
+class Curious(ImplicitEstimator):
+    """A new solver, which looks at all that a linearization promises."""
+
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
+        weights = [weight for _, weight in linearization.parts]
+        losses = torch.stack([weight * linearization.evaluate(i).detach() for i, weight in enumerate(weights)])
+        assert torch.equal(linearization.inner_loss, losses.sum())
+        assert len(linearization.curvature_weights) == 1  # of the half of the micro-batches that the product takes
+        expected = torch.autograd.grad(self.loss(linearization.problem), linearization.problem.inner_parameters)
+        torch.testing.assert_close(linearization.gradient(), list(expected))
+        p = linearization.hessian(v0)
+        curvature, mixed = linearization.both(v0)
+        assert torch.equal(flat(curvature), flat(p))
+        assert flat(mixed).norm() > 0
+        linearization.statistics["seen"] = 1.0
+        return Solution(p, statistics={"loss": linearization.inner_loss.item(), **linearization.statistics})
+
+    def loss(self, problem: BilevelProblem) -> Tensor:
+        return sum(weight * part() for part, weight in problem.inner_parts())
+
+
+@pytest.mark.parametrize("row", PRODUCTS, ids=lambda row: row.name)
+def test_a_new_solver_has_all_that_a_linearization_promises(row):
+    problem, _, _ = tied_network()
+    problem = replace(problem, inner_loss=MicroBatches([problem.inner_loss, problem.inner_loss], [1, 3]))
+    product = row.make()
+    product.fraction = 0.5
+    found = Curious(product)(problem)
+    loss = problem.inner_parts()[0][0]().item()  # of differences it is that at one of their two points
+    assert [found.inner_loss.item(), found.statistics["loss"]] == pytest.approx([loss, loss], rel=1e-6)
+    assert found.statistics["seen"] == 1.0
+    assert ("finite_difference_error" in found.statistics) == isinstance(product, FiniteDifference)
+    assert found.statistics["products"] == 3
 
 
 @pytest.mark.parametrize("make", [lambda: SAMA(), lambda: Unrolled()])

@@ -1,5 +1,6 @@
 """Products with second derivatives: against dense matrices, each other, and models that cannot be differentiated."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,29 +22,33 @@ from diopt_lightning.bilevel import (
     MicroBatches,
     Neumann,
     Penalty,
+    Product,
     ReverseOverForward,
 )
 from diopt_lightning.bilevel.vectors import Vector
 from diopt_lightning.errors import ConfigurationError
 from tests.bilevel.problems import Network, flat, randn, relative_error, rounding_of_differences
+from tests.estimators import PRODUCTS, exported
 from tests.tolerances import Error
 
 pytestmark = pytest.mark.filterwarnings("error::diopt_lightning.bilevel.ConvergenceWarning")
-PRODUCTS = [
-    (DoubleBackward, 1e-12),
-    (ReverseOverForward, 1e-12),
-    (FiniteDifference, 1e-8),
-    (lambda: FiniteDifference("forward"), 1e-5),
-]
+CHECKS: list[Callable[[Callable[..., Product]], None]] = []
+SECOND_ORDER = [product for product in exported(Product) if not product.supports_sharding]
+
+
+def every_product(check: Callable[[Callable[..., Product]], None]) -> Callable[[Callable[..., Product]], None]:
+    """Let a test run for all products at their defaults, and for those of other files."""
+    CHECKS.append(check)
+    return pytest.mark.parametrize("product", exported(Product))(check)
 
 
 def random_vector(problem: BilevelProblem, seed: int = 7) -> Vector:
     return [randn(*p.shape, seed=seed + i).to(p.dtype) for i, p in enumerate(problem.inner_parameters)]
 
 
-@pytest.mark.parametrize(("make", "tolerance"), PRODUCTS, ids=["double", "reverse-forward", "central", "forward"])
-def test_equals_the_dense_matrices(make, tolerance):
-    case = Network()
+@pytest.mark.parametrize("row", [row for row in PRODUCTS if row.error is not None], ids=lambda row: row.name)
+def test_equals_the_dense_matrices(row):
+    case, make, tolerance = Network(), row.make, row.error
     before = [parameter.detach().clone() for parameter in case.problem.inner_parameters]
     with make().linearize(case.problem) as linearization:
         for seed in (1, 2):
@@ -124,7 +129,7 @@ def tolerances(product: Any, problem: BilevelProblem, v: Vector, products: tuple
     return rounding_of_differences(problem, v, products) if product is FiniteDifference else [1e-9, 1e-9]
 
 
-@pytest.mark.parametrize("product", [DoubleBackward, ReverseOverForward, FiniteDifference, GaussNewton])
+@every_product
 def test_micro_batches_equal_the_whole_batch(product):
     whole, split = weighted_parts([slice(0, 2), slice(2, 7), slice(7, 12)])
     v = random_vector(whole)
@@ -146,7 +151,7 @@ def test_an_outer_loss_in_micro_batches_equals_the_whole():
     assert several.outer_loss.item() == pytest.approx(one.outer_loss.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("product", [DoubleBackward, ReverseOverForward, FiniteDifference, GaussNewton])
+@every_product
 def test_a_fraction_takes_the_hessian_of_the_first_parts_and_the_mixed_term_of_all(product):
     whole, split = weighted_parts([slice(0, 3), slice(3, 6), slice(6, 12)])
     first, _ = weighted_parts([slice(0, 12)])
@@ -323,7 +328,7 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("product", [DoubleBackward, GaussNewton, ReverseOverForward])
+@pytest.mark.parametrize("product", SECOND_ORDER)
 @pytest.mark.parametrize("cause", CAUSES)
 def test_models_without_second_derivatives_get_one_error_that_names_what_works(cause, product):
     message = f"{product.__name__} needs second derivatives, and .*Use `FiniteDifference`"
@@ -333,7 +338,7 @@ def test_models_without_second_derivatives_get_one_error_that_names_what_works(c
         assert CAUSES[cause] in str(caught.value)
 
 
-@pytest.mark.parametrize("product", [DoubleBackward, GaussNewton, ReverseOverForward])
+@pytest.mark.parametrize("product", SECOND_ORDER)
 def test_compiled_modules_run_as_they_were_written(product):
     problem, compiled = unfriendly("nothing"), unfriendly("torch.compile")
     v = random_vector(problem)

@@ -14,48 +14,25 @@ from diopt_lightning.bilevel import (
     SAMA,
     BilevelProblem,
     Chebyshev,
-    ConjugateGradient,
     DoubleBackward,
     FiniteDifference,
-    GaussNewton,
     HypergradientEstimator,
-    Identity,
     MicroBatches,
-    MinRes,
-    NaturalHypergradient,
     Neumann,
     Nystrom,
     Penalty,
     Product,
-    ReverseOverForward,
-    Spectrum,
     Unrolled,
     average_over_processes,
 )
 from diopt_lightning.bilevel.sharding import is_sharded
+from tests.estimators import Claim, claiming, exported
 from tests.processes import on_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 
 
-def differences(scheme: str = "central") -> FiniteDifference:
-    return FiniteDifference(scheme)
-
-
-SHARDABLE = {
-    "identity": lambda: Identity(product=differences()),
-    "neumann": lambda: Neumann(terms=3, product=differences()),
-    "neumann_forward": lambda: Neumann(terms=1, step_size=0.1, product=differences("forward")),
-    "chebyshev": lambda: Chebyshev(spectrum=Spectrum(products=3), warm_start=True, product=differences()),
-    "conjugate_gradient": lambda: ConjugateGradient(products=3, damping=1.0, product=differences()),
-    "minres": lambda: MinRes(products=3, product=differences()),
-    "sama": lambda: SAMA(),
-    "penalty": lambda: Penalty(steps=2, warm_start=True),
-    "penalty_multiplier": lambda: Penalty(steps=2, step_size=0.05, multiplier=100.0),
-    "natural": lambda: NaturalHypergradient(product=differences()),
-    "natural_low_rank": lambda: NaturalHypergradient(rank=2, product=differences()),
-    "unrolled": lambda: Unrolled(steps=2, product=differences()),
-}
+SHARDABLE = claiming(Claim.SHARDED)
 
 
 class Setting:
@@ -107,7 +84,7 @@ class Setting:
                 self.phi.grad = self.scale.grad = None
                 estimator.observe(problem)
                 optimizer.step()
-            if round_ == 1 and not isinstance(estimator, Unrolled):
+            if round_ == 1 and not estimator.recorded_steps:
                 state = estimator.state_dict()
                 assert not any(is_sharded(x) for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, Tensor))
                 estimator = copy.deepcopy(estimator)
@@ -133,7 +110,8 @@ def compare(
 
 
 @pytest.mark.parametrize(
-    ("name", "micro_batches"), [*((name, 1) for name in SHARDABLE), ("chebyshev", 2), ("sama", 2), ("penalty", 2)]
+    ("name", "micro_batches"),
+    [*((name, 1) for name in SHARDABLE), ("chebyshev_differences", 2), ("sama", 2), ("penalty_warm", 2)],
 )
 def test_two_processes_that_share_a_model_equal_one(name, micro_batches):
     estimator = SHARDABLE[name]()
@@ -159,7 +137,7 @@ def refused(product: Product) -> None:
         Neumann(product=product)(setting.problem(torch.arange(4), torch.optim.SGD(setting.layers.parameters(), lr=0.1)))
 
 
-@pytest.mark.parametrize("product", [DoubleBackward, GaussNewton, ReverseOverForward])
+@pytest.mark.parametrize("product", [each for each in exported(Product) if not each.supports_sharding])
 def test_exact_products_of_sharded_models_are_refused_by_name(product):
     on_two_processes(refused, product())
 

@@ -1,6 +1,7 @@
 """What an estimator of hypergradients is, and what it returns."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
 from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
+from diopt_lightning.bilevel.warning import ConvergenceWarning
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class HypergradientEstimator(ABC):
     Attributes:
         supports_sharding: Whether inner parameters may be sharded over processes by ``fully_shard`` (FSDP2), under
             which a model has first derivatives alone; ``differentiate`` of ``bilevel/products/base.py`` takes them.
-        remembers: How many of the inner steps that it has observed it will use again; they are not part of its state.
+        recorded_steps: How many of the last inner steps it keeps on record, to differentiate through them; they are not
+            part of its state.
     """
 
     supports_sharding: bool = False
-    remembers: int = 0
+    recorded_steps: int = 0
+    _warned = False
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -76,17 +80,23 @@ class HypergradientEstimator(ABC):
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
 
-    def memory(self, number: int) -> list[dict[str, Any]]:
-        """Return what it remembers of the last ``number`` inner steps, without their losses (numbers and tensors).
+    def recorded_state(self, number: int) -> list[dict[str, Any]]:
+        """Return what is on record of the last ``number`` inner steps, without their losses (numbers and tensors).
 
         Not part of :meth:`state_dict`, because it is large, and of no use once as many steps have followed.
         """
         return []
 
-    def recall(self, memory: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
-        """Restore what :meth:`memory` returned, together with the inner losses of the steps."""
-        if memory:
+    def restore_recorded(self, states: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
+        """Put steps on record again, from what :meth:`recorded_state` returned and the inner losses of the steps."""
+        if states:
             raise ValueError(f"{type(self).__name__} remembers no steps, got those of another.")
+
+    def warn_once(self, message: str) -> None:
+        """Warn that a hypergradient should not be trusted; nothing after the first time."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
 def mean_hypergradient(estimates: Sequence[Hypergradient]) -> Hypergradient:

@@ -1,10 +1,11 @@
 """Chebyshev iteration: the Neumann series with the best steps for a given number of products."""
 
 import math
+from typing import Any
 
+from diopt_lightning.bilevel.estimators.implicit import Solution
 from diopt_lightning.bilevel.estimators.krylov import KrylovEstimator, damped
-from diopt_lightning.bilevel.estimators.spectrum import Spectrum
-from diopt_lightning.bilevel.products.base import Linearization, Product
+from diopt_lightning.bilevel.products.base import Linearization
 from diopt_lightning.bilevel.vectors import Vector, add, scale
 from diopt_lightning.errors import ConfigurationError
 
@@ -23,8 +24,8 @@ class Chebyshev(KrylovEstimator):
     ``accuracy`` everywhere on :math:`[a, b]`; below it, down to zero, the residual goes on to one, as in a series that
     is cut short. So more products reach lower, and there is nothing to tune.
 
-    Where the Hessian has negative eigenvalues, as a deep network's has, damping by twice the lowest one seen keeps
-    the polynomial from growing there; where they are small beside :math:`a` it changes nothing.
+    Where the Hessian has negative eigenvalues, as a deep network's has, a damping of twice the lowest one seen keeps
+    the polynomial from growing there, and is the default; where they are small beside :math:`a` it changes nothing.
 
     Cost: ``products``, three vectors of theta's size, no inner products of vectors. The right one in general: against a
     dense solve of small T5 and Llama models, and against training again, it is with 5 products about where a Neumann
@@ -35,14 +36,8 @@ class Chebyshev(KrylovEstimator):
         accuracy: The relative residual that is allowed on the interval. Default: 0.5 over ``products``, so 0.1 with 5.
             Lower values make the large eigenvalues' part more exact and reach less far down; a fixed one would be a
             floor that further products cannot pass.
-        damping: What is added to every eigenvalue of the Hessian. Default: twice the lowest one seen if that is
-            negative, else 0.
-        warm_start: Whether to start from the last solution, which costs one of the products. Default: no; it pays
-            where ``phi`` and ``theta`` move little between hypergradients and their batches are the same or large.
-        spectrum: How the interval's upper end is estimated. Default:
-            :class:`~diopt_lightning.bilevel.Spectrum` with 8 products every 50 hypergradients.
-        product: How to get products with second derivatives. Default:
-            :class:`~diopt_lightning.bilevel.DoubleBackward`.
+        options: ``damping``, ``warm_start``, ``spectrum`` and ``product`` of
+            :class:`~diopt_lightning.bilevel.KrylovEstimator`.
 
     Statistics: those of :class:`~diopt_lightning.bilevel.ImplicitEstimator`, and ``damping``.
 
@@ -61,16 +56,8 @@ class Chebyshev(KrylovEstimator):
         -3.0
     """
 
-    def __init__(
-        self,
-        products: int = 5,
-        accuracy: float | None = None,
-        damping: float | None = None,
-        warm_start: bool = False,
-        spectrum: Spectrum | None = None,
-        product: Product | None = None,
-    ) -> None:
-        super().__init__(products, damping, warm_start, spectrum, product)
+    def __init__(self, products: int = 5, accuracy: float | None = None, **options: Any) -> None:
+        super().__init__(products, **options)
         if accuracy is not None and not 0 < accuracy < 1:
             raise ConfigurationError(f"`accuracy` must lie between 0 and 1, got {accuracy}.")
         self.accuracy = accuracy if accuracy is not None else 0.5 / products
@@ -80,11 +67,7 @@ class Chebyshev(KrylovEstimator):
         self.spectrum.refresh(linearization, v0)
         return self.automatic_damping() if self.damping is None else self.damping
 
-    def automatic_damping(self) -> float:
-        """Turn the lowest eigenvalue seen around, if it is negative: its share of ``v0`` is then not amplified."""
-        return max(-2 * self.spectrum.lowest, 0.0)
-
-    def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Vector:
+    def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Solution:
         """Run the three-term recurrence; see :class:`KrylovEstimator`."""
         while True:
             upper = (self.spectrum.largest or 1.0) + damping
@@ -101,9 +84,9 @@ class Chebyshev(KrylovEstimator):
                 update = add(scale(update, following * ratio), residual, 2 * following / half)
                 total, ratio = add(total, update), following
             else:
-                return total
+                return Solution(total)
 
-    def advice(self, curvature: float) -> str:
+    def advice(self, curvature: float, solution: Solution) -> str:
         """What to set; see :class:`ImplicitEstimator`."""
         if curvature < 0:
             return (

@@ -1,6 +1,6 @@
 """One step: the identity in place of the inverse Hessian."""
 
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.vectors import Vector, scale
 from diopt_lightning.errors import ConfigurationError
@@ -49,6 +49,6 @@ class Identity(ImplicitEstimator):
             raise ConfigurationError(f"`step_size` must be positive, got {step_size}.")
         self.step_size = step_size
 
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Return a multiple of ``v0``; see :class:`ImplicitEstimator`."""
-        return scale(v0, self.step_size)
+        return Solution(scale(v0, self.step_size))

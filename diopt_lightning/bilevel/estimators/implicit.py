@@ -1,8 +1,8 @@
 """Implicit differentiation: hypergradients from a linear system with the inner Hessian."""
 
 import time
-import warnings
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,25 @@ from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.products.double_backward import DoubleBackward
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm
-from diopt_lightning.bilevel.warning import ConvergenceWarning
 
 # A relative residual that is warned of. A short step along weak negative curvature ends a little above 1, harmlessly.
 DIVERGED = 1.1
+
+
+@dataclass(frozen=True)
+class Solution:
+    r"""What a solver has found.
+
+    Args:
+        p: The solution, in the shapes of the inner parameters.
+        damping: :math:`\delta`, where the system that was solved is :math:`(H + \delta I) p = v_0`: by its own residual
+            it is judged whether the solver diverges.
+        statistics: What the solver adds to the statistics of the hypergradient, by name.
+    """
+
+    p: Vector
+    damping: float = 0.0
+    statistics: dict[str, float] = field(default_factory=dict)
 
 
 class ImplicitEstimator(HypergradientEstimator):
@@ -49,7 +64,6 @@ class ImplicitEstimator(HypergradientEstimator):
 
     def __init__(self, product: Product | None = None) -> None:
         self.product = product if product is not None else DoubleBackward()
-        self._warned = False
 
     @property
     def supports_sharding(self) -> bool:  # type: ignore[override]
@@ -63,67 +77,58 @@ class ImplicitEstimator(HypergradientEstimator):
         outer_loss, v0, direct = outer_gradients(problem)
         with self.product.linearize(problem) as linearization:
             metered = Metered(linearization)
-            p = self.solve(metered, v0)
-            curvature, mixed = metered.both(p)
-            inner_loss = linearization.inner_loss
+            solution = self.solve(metered, v0)
+            curvature, mixed = metered.both(solution.p)
+            inner_loss = metered.inner_loss
             metered.check_finite()
-            check_finite([*p, *mixed], f"the solution of {type(self).__name__}")
+            check_finite([*solution.p, *mixed], f"the solution of {type(self).__name__}")
             size = norm(v0).item() or 1.0
             statistics = {
                 "residual": norm(self._residual(v0, curvature)).item() / size,
                 **metered.measured(),
-                **self.solver_statistics(),
-                **linearization.statistics,
+                **solution.statistics,
+                **metered.statistics,
             }
-            residual = self._residual(v0, add(curvature, p, self.used_damping))
+            residual = self._residual(v0, add(curvature, solution.p, solution.damping))
             if norm(residual).item() > DIVERGED * size:
-                self._diverged(metered, residual, size)
+                self._diverged(metered, residual, size, solution)
         statistics["seconds"] = time.perf_counter() - start
         return Hypergradient(add(direct, mixed, -1.0), outer_loss, inner_loss, statistics)
 
     @abstractmethod
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
-        """Solve ``H p = v0`` approximately and return ``p``."""
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
+        """Solve ``H p = v0`` approximately."""
 
-    def solver_statistics(self) -> dict[str, float]:
-        """What the solver adds to the statistics, by name."""
-        return {}
-
-    @property
-    def used_damping(self) -> float:
-        """The damping of the system that was solved, by whose own residual it is judged whether the solver diverges."""
-        return 0.0
-
-    def advice(self, curvature: float) -> str:
-        """What to set instead, given the curvature along a residual that has grown."""
+    def advice(self, curvature: float, solution: Solution) -> str:
+        """What to set instead, given the curvature along the residual of a solution, which has grown."""
         return f" The curvature along it is {curvature:.3g}."
 
     def _residual(self, v0: Vector, curvature: Vector) -> Vector:
         size = dot(curvature, curvature).item() if self.scale_free else 0.0
         return add(v0, curvature, -dot(v0, curvature).item() / size if size > 0 else -1.0)
 
-    def _diverged(self, linearization: "Metered", residual: Vector, size: float) -> None:
+    def _diverged(self, metered: "Metered", residual: Vector, size: float, solution: Solution) -> None:
         """Warn once, with the number to set, and do not trust an old estimate of the spectrum."""
         if self.spectrum is not None:
             self.spectrum.expire()
-        if self._warned:
+        if self._warned:  # no product for nothing
             return
-        self._warned = True
-        curvature = (dot(residual, linearization.hessian(residual)) / dot(residual, residual)).item()
-        warnings.warn(
-            f"{type(self).__name__} diverges: after {linearization.measured()['products'] - 1:.0f} products the "
-            f"residual is {norm(residual).item() / size:.3g} times the right-hand side." + self.advice(curvature),
-            ConvergenceWarning,
-            stacklevel=4,
+        curvature = (dot(residual, metered.hessian(residual)) / dot(residual, residual)).item()
+        self.warn_once(
+            f"{type(self).__name__} diverges: after {metered.measured()['products'] - 1:.0f} products the residual is "
+            f"{norm(residual).item() / size:.3g} times the right-hand side." + self.advice(curvature, solution)
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether a warning was given; subclasses add to it."""
-        return {"warned": self._warned}
+        """Return whether a warning was given, and the state of the spectrum; subclasses add to it."""
+        spectrum = {"spectrum": self.spectrum.state_dict()} if self.spectrum is not None else {}
+        return {"warned": self._warned} | spectrum
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._warned = state["warned"]
+        if self.spectrum is not None:
+            self.spectrum.load_state_dict(state["spectrum"])
 
 
 class Metered(Linearization):
@@ -134,11 +139,21 @@ class Metered(Linearization):
     """
 
     def __init__(self, linearization: Linearization) -> None:
-        self.problem = linearization.problem
+        super().__init__(linearization.problem, linearization.fraction)
+        self.statistics = linearization.statistics
         self._linearization = linearization
         self._sizes: list[Tensor] = []
         self._curvatures: list[Tensor] = []
         self._growths: list[Tensor] = []
+
+    @property
+    def inner_loss(self) -> Tensor:
+        """The value of the inner loss; see :class:`Linearization`."""
+        return self._linearization.inner_loss
+
+    def evaluate(self, index: int) -> Tensor:
+        """The loss of a micro-batch; see :class:`Linearization`."""
+        return self._linearization.evaluate(index)
 
     def gradient(self) -> Vector:
         """The inner gradient; see :class:`Linearization`."""

@@ -75,12 +75,12 @@ class InnerStep:
         )
 
     def saved(self) -> dict[str, Any]:
-        """All of it as plain data and tensors."""
+        """Return the fields by name, the optimizer's class as its name: plain data and tensors, for a checkpoint."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"kind": self.kind.__name__}
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "InnerStep":
-        """The step of which :meth:`saved` returned this."""
+        """Make the step again of which :meth:`saved` returned the fields."""
         return cls(**(saved | {"kind": next(kind for kind in DIFFERENTIABLE if kind.__name__ == saved["kind"])}))
 
     def adjoint(self, gradient: Vector, outward: Vector, states: list[State]) -> tuple[Vector, Vector, list[State]]:
@@ -104,7 +104,7 @@ class InnerStep:
         return of_parameters, of_gradient, [result[2] for result in results]
 
     def _adjoint(self, position: int, gradient: Tensor, outward: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """The same for one parameter, given the clipped gradient, whose adjoint it returns."""
+        """Pull adjoints of one parameter and its state back; return those of parameter, clipped gradient and state."""
         parameter = self.parameters[position].clone().requires_grad_()
         given = gradient.clone().requires_grad_()
         before = self._state_before(position, gradient)
@@ -135,7 +135,7 @@ class InnerStep:
         return copy, dict(twin.state[copy])
 
     def _state_before(self, position: int, gradient: Tensor) -> State:
-        """The state before the step, as leaves; zeros before the first one."""
+        """Return the state before the step, as leaves of a graph; zeros before the first step."""
         recorded = self.states[position]
         if not recorded and issubclass(self.kind, Adam):
             names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.options[position]["amsgrad"] else [])]

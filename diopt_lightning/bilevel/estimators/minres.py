@@ -1,10 +1,13 @@
 """The minimal residual method, for systems that are symmetric and not positive."""
 
+from typing import Any
+
+from diopt_lightning.bilevel.estimators.implicit import Solution
 from diopt_lightning.bilevel.estimators.krylov import KrylovEstimator, damped
 from diopt_lightning.bilevel.estimators.spectrum import Spectrum
-from diopt_lightning.bilevel.products.base import Linearization, Product
+from diopt_lightning.bilevel.products.base import Linearization
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import require_at_least
 
 
 class MinRes(KrylovEstimator):
@@ -23,9 +26,7 @@ class MinRes(KrylovEstimator):
         products: Products of a hypergradient at most. Default: 20.
         damping: What is added to every eigenvalue of the Hessian. Default: 0.
         tolerance: The residual at which to stop, relative to the right-hand side. Default: 1e-6.
-        warm_start: Whether to start from the last solution, which costs one of the products.
-        product: How to get products with second derivatives. Default:
-            :class:`~diopt_lightning.bilevel.DoubleBackward`.
+        options: ``warm_start`` and ``product`` of :class:`~diopt_lightning.bilevel.KrylovEstimator`.
 
     Statistics: those of :class:`~diopt_lightning.bilevel.ImplicitEstimator`.
 
@@ -43,27 +44,18 @@ class MinRes(KrylovEstimator):
         [tensor([-3.])]
     """
 
-    def __init__(
-        self,
-        products: int = 20,
-        damping: float = 0.0,
-        tolerance: float = 1e-6,
-        warm_start: bool = False,
-        product: Product | None = None,
-    ) -> None:
-        super().__init__(products, damping, warm_start, Spectrum(), product)
-        if products < 2:
-            raise ConfigurationError(f"`products` of MinRes must be 2 or more, got {products}.")
-        if not tolerance >= 0:
-            raise ConfigurationError(f"`tolerance` must be 0 or more, got {tolerance}.")
+    def __init__(self, products: int = 20, damping: float = 0.0, tolerance: float = 1e-6, **options: Any) -> None:
+        super().__init__(products, damping, spectrum=Spectrum(), **options)
+        require_at_least(2, of="MinRes", products=products)
+        require_at_least(0, tolerance=tolerance)
         self.tolerance = tolerance
 
-    def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Vector:
+    def iterate(self, linearization: Linearization, right: Vector, products: int, damping: float) -> Solution:
         """Reduce the tridiagonal matrix of the Lanczos iteration by one rotation for each product."""
         size = norm(right).item()
         solution = scale(right, 0.0)
         if size == 0:
-            return solution
+            return Solution(solution)
         left = initial = size  # the norm of the residual
         previous, vector, beta = solution, scale(right, 1 / size), 0.0
         direction_before, direction = solution, solution
@@ -88,4 +80,4 @@ class MinRes(KrylovEstimator):
             if abs(left) <= self.tolerance * initial or beta_next == 0:
                 break
             previous, vector, beta = vector, scale(image, 1 / beta_next), beta_next
-        return solution
+        return Solution(solution)

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.sharding import placed, whole
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, divide, dot, mean, multiply, scale
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 class NaturalHypergradient(ImplicitEstimator):
@@ -70,8 +70,7 @@ class NaturalHypergradient(ImplicitEstimator):
         product: Product | None = None,
     ) -> None:
         super().__init__(product)
-        if rank is not None and rank < 1:
-            raise ConfigurationError(f"`rank` must be 1 or more, got {rank}. Leave it out for the diagonal.")
+        require_at_least(1, hint="Leave it out for the diagonal.", rank=rank)
         if not 0 <= decay < 1:
             raise ConfigurationError(f"`decay` must be at least 0 and below 1, got {decay}.")
         if damping is not None and not damping > 0:
@@ -82,7 +81,6 @@ class NaturalHypergradient(ImplicitEstimator):
         self._gradients: list[Vector] = []
         self._squares: Vector | None = None
         self._weight = 0.0
-        self._damping = 0.0
 
     def observe(self, problem: BilevelProblem) -> None:
         """Add the inner gradient in ``.grad`` to the Fisher matrix; see :class:`HypergradientEstimator`.
@@ -105,7 +103,7 @@ class NaturalHypergradient(ImplicitEstimator):
         self._squares = add(scale(before, self.decay), squares, 1 - self.decay)
         self._weight = self.decay * self._weight + 1 - self.decay
 
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Apply the inverse of the damped Fisher matrix; see :class:`ImplicitEstimator`."""
         if self._squares is not None:
             return self._solve_diagonal(placed(self._squares, v0), v0)
@@ -116,27 +114,23 @@ class NaturalHypergradient(ImplicitEstimator):
             "inner step and before its optimizer step. (BilevelModule does so by itself.)"
         )
 
-    def _solve_diagonal(self, squares: Vector, v0: Vector) -> Vector:
+    def _solve_diagonal(self, squares: Vector, v0: Vector) -> Solution:
         diagonal = scale(squares, 1 / self._weight)  # without the bias towards its start at zero
-        self._damping = self.damping or mean(diagonal).item() or 1.0
-        return divide(v0, diagonal, plus=self._damping)
+        damping = self.damping or mean(diagonal).item() or 1.0
+        return Solution(divide(v0, diagonal, plus=damping), statistics={"damping": damping})
 
-    def _solve_low_rank(self, v0: Vector) -> Vector:
+    def _solve_low_rank(self, v0: Vector) -> Solution:
         columns = [placed(column, v0) for column in self._gradients]
         rank = len(columns)
         gram = torch.stack([torch.stack([dot(a, b) for b in columns]) for a in columns])
-        self._damping = self.damping or 0.1 * torch.linalg.eigvalsh(gram).max().item() / rank or 1.0
+        damping = self.damping or 0.1 * torch.linalg.eigvalsh(gram).max().item() / rank or 1.0
         right = torch.stack([dot(column, v0) for column in columns])
         identity = torch.eye(rank, dtype=gram.dtype, device=gram.device)
-        coefficients = torch.linalg.solve(rank * self._damping * identity + gram, right)
+        coefficients = torch.linalg.solve(rank * damping * identity + gram, right)
         solution = v0
         for coefficient, column in zip(coefficients.tolist(), columns, strict=True):
             solution = add(solution, column, -coefficient)
-        return scale(solution, 1 / self._damping)
-
-    def solver_statistics(self) -> dict[str, float]:
-        """The damping; see :class:`ImplicitEstimator`."""
-        return {"damping": self._damping}
+        return Solution(scale(solution, 1 / damping), statistics={"damping": damping})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the Fisher matrix."""

@@ -1,12 +1,10 @@
 """The truncated Neumann series, the solver of the paper."""
 
-from typing import Any
-
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.estimators.spectrum import Spectrum
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.vectors import Vector, add, scale
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 class Neumann(ImplicitEstimator):
@@ -61,8 +59,7 @@ class Neumann(ImplicitEstimator):
         product: Product | None = None,
     ) -> None:
         super().__init__(product)
-        if terms < 0:
-            raise ConfigurationError(f"`terms` must be 0 or more, got {terms}.")
+        require_at_least(0, terms=terms)
         if step_size is not None and not step_size > 0:
             raise ConfigurationError(
                 f"`step_size` must be positive, got {step_size}. Leave it out to have it estimated."
@@ -71,12 +68,13 @@ class Neumann(ImplicitEstimator):
         self.step_size = step_size
         self.spectrum: Spectrum = spectrum if spectrum is not None else Spectrum()
 
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Sum the series; see :class:`ImplicitEstimator`."""
         if self.step_size is None:
             self.spectrum.refresh(linearization, v0)
         while True:
-            step_size = self.current_step_size()
+            # Without any curvature along v0 the solution is the same for every step size, up to its scale.
+            step_size = self.step_size or 1 / (self.spectrum.largest or 1.0)
             term, total = v0, v0
             for _ in range(self.terms):
                 curvature = linearization.hessian(term)
@@ -85,38 +83,19 @@ class Neumann(ImplicitEstimator):
                 term = add(term, curvature, -step_size)
                 total = add(total, term)
             else:
-                return scale(total, step_size)
+                statistics = {"step_size": step_size, **self.spectrum.statistics()}
+                return Solution(scale(total, step_size), statistics=statistics)
 
-    def current_step_size(self) -> float:
-        """The step size that was given, or follows from the spectrum."""
-        if self.step_size is not None:
-            return self.step_size
-        # Without any curvature along v0 the solution is the same for every step size, up to its scale.
-        return 1.0 / self.spectrum.largest if self.spectrum.largest else 1.0
-
-    def solver_statistics(self) -> dict[str, float]:
-        """The step size and the estimate behind it; see :class:`ImplicitEstimator`."""
-        return {"step_size": self.current_step_size(), **self.spectrum.statistics()}
-
-    def advice(self, curvature: float) -> str:
+    def advice(self, curvature: float, solution: Solution) -> str:
         """Which of the two causes it is, and what to set; see :class:`ImplicitEstimator`."""
         if curvature > 0:
             return (
                 f" It lies along a curvature of {curvature:.3g}, and a step size above 2 / {curvature:.3g} turns the "
                 f"hypergradient around: set `step_size` to {1 / curvature:.3g} or less (now "
-                f"{self.current_step_size():.3g}), or leave it out to have it estimated."
+                f"{solution.statistics['step_size']:.3g}), or leave it out to have it estimated."
             )
         return (
             f" It lies along a negative curvature of {curvature:.3g}: the inner problem is not at a minimum, and more "
             f"terms make it worse. Use fewer `terms` (now {self.terms}), `Chebyshev`, which damps negative curvature, "
             "or more inner steps before an outer one."
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the spectrum."""
-        return super().state_dict() | {"spectrum": self.spectrum.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        super().load_state_dict(state)
-        self.spectrum.load_state_dict(state["spectrum"])

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.vectors import Vector
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 class Nystrom(ImplicitEstimator):
@@ -59,31 +59,29 @@ class Nystrom(ImplicitEstimator):
         self, rank: int = 10, damping: float | None = None, seed: int = 0, product: Product | None = None
     ) -> None:
         super().__init__(product)
-        if rank < 1:
-            raise ConfigurationError(f"`rank` must be 1 or more, got {rank}.")
+        require_at_least(1, rank=rank)
         if damping is not None and not damping > 0:
             raise ConfigurationError(f"`damping` of Nystrom must be positive, got {damping}: it is divided by.")
         self.rank = rank
         self.damping = damping
         self.seed = seed
         self._calls = 0
-        self._damping = 0.0
 
     #: The sketch is taken of whole vectors.
     supports_sharding = False
 
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Sketch, and invert the sketch; see :class:`ImplicitEstimator`."""
         right = flat(v0)
         sketch = self._draw(right)
         images = torch.stack([flat(linearization.hessian(unflat(column, v0))) for column in sketch.T], dim=1)
         vectors, values = eigenpairs(sketch, images)
-        self._damping = self.damping or max(values.min().item(), 0.01 * values.max().item()) or 1.0
+        damping = self.damping or max(values.min().item(), 0.01 * values.max().item()) or 1.0
         coefficients = vectors.T @ right
-        within = vectors @ (coefficients / (values + self._damping))
+        within = vectors @ (coefficients / (values + damping))
         outside = right - vectors @ coefficients
         outside = outside - vectors @ (vectors.T @ outside)  # again: what rounding left would be divided by the damping
-        return unflat(within + outside / self._damping, v0)
+        return Solution(unflat(within + outside / damping, v0), damping, {"damping": damping})
 
     def _draw(self, like: Tensor) -> Tensor:
         """Random orthonormal columns ``(parameters, rank)``, the same on all processes."""
@@ -94,20 +92,11 @@ class Nystrom(ImplicitEstimator):
         sketch: Tensor = torch.linalg.qr(normal.to(like.dtype)).Q
         return sketch
 
-    @property
-    def used_damping(self) -> float:
-        """The damping of the last system; see :class:`ImplicitEstimator`."""
-        return self._damping
-
-    def solver_statistics(self) -> dict[str, float]:
-        """The damping; see :class:`ImplicitEstimator`."""
-        return {"damping": self._damping}
-
-    def advice(self, curvature: float) -> str:
+    def advice(self, curvature: float, solution: Solution) -> str:
         """What to set; see :class:`ImplicitEstimator`."""
         return (
             f" It lies along a curvature of {curvature:.3g} that the sketch does not see: set `damping` to "
-            f"{abs(curvature):.3g} or more (now {self._damping:.3g}), or raise `rank` (now {self.rank})."
+            f"{abs(curvature):.3g} or more (now {solution.damping:.3g}), or raise `rank` (now {self.rank})."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The penalty method: hypergradients from first derivatives at two points."""
 
 import time
-import warnings
 from typing import Any
 
 from diopt_lightning.bilevel.estimators.base import (
@@ -17,8 +16,7 @@ from diopt_lightning.bilevel.products.finite_difference import FiniteDifference,
 from diopt_lightning.bilevel.products.perturbation import move, restored
 from diopt_lightning.bilevel.sharding import placed, whole
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
-from diopt_lightning.bilevel.warning import ConvergenceWarning
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 class Penalty(HypergradientEstimator):
@@ -82,8 +80,7 @@ class Penalty(HypergradientEstimator):
         warm_start: bool = False,
         spectrum: Spectrum | None = None,
     ) -> None:
-        if steps < 1:
-            raise ConfigurationError(f"`steps` must be 1 or more, got {steps}.")
+        require_at_least(1, steps=steps)
         for name, value in {"multiplier": multiplier, "step_size": step_size}.items():
             if value is not None and not value > 0:
                 raise ConfigurationError(f"`{name}` must be positive, got {value}. Leave it out to have it chosen.")
@@ -93,7 +90,6 @@ class Penalty(HypergradientEstimator):
         self.warm_start = warm_start
         self.spectrum = spectrum if spectrum is not None else Spectrum()
         self._offset: Vector | None = None
-        self._warned = False
 
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
         """Find the second point and take the difference; see :class:`HypergradientEstimator`."""
@@ -153,9 +149,6 @@ class Penalty(HypergradientEstimator):
 
     def _diverged(self, offset: Vector, change: Vector, statistics: dict[str, float]) -> None:
         self.spectrum.expire()
-        if self._warned:
-            return
-        self._warned = True
         curvature = norm(change).item() / norm(offset).item()
         if dot(offset, change).item() > 0:
             advice = (
@@ -164,11 +157,9 @@ class Penalty(HypergradientEstimator):
             )
         else:
             advice = f"the way followed negative curvature: use fewer `steps` (now {self.steps})"
-        warnings.warn(
+        self.warn_once(
             f"Penalty diverges: after {self.steps} steps the residual is {statistics['residual']:.3g} times the "
-            f"right-hand side; {advice}.",
-            ConvergenceWarning,
-            stacklevel=3,
+            f"right-hand side; {advice}."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One step with the inner optimizer's own preconditioner, from first derivatives."""
 
-from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator
+from diopt_lightning.bilevel.estimators.implicit import ImplicitEstimator, Solution
 from diopt_lightning.bilevel.estimators.inner_step import InnerStep
 from diopt_lightning.bilevel.products.base import Linearization, Product
 from diopt_lightning.bilevel.products.finite_difference import FiniteDifference
@@ -47,9 +47,9 @@ class SAMA(ImplicitEstimator):
     def __init__(self, product: Product | None = None) -> None:
         super().__init__(product if product is not None else FiniteDifference(check=False))
 
-    def solve(self, linearization: Linearization, v0: Vector) -> Vector:
+    def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Pull ``v0`` back through the next step of the optimizer; see :class:`ImplicitEstimator`."""
         problem = linearization.problem
         step = InnerStep.next_of(problem.inner_optimizer, problem.inner_parameters, clip=None)
         _, of_gradient, _ = step.adjoint(linearization.gradient(), v0, [])
-        return scale(of_gradient, -1.0)
+        return Solution(scale(of_gradient, -1.0))

@@ -13,7 +13,7 @@ from diopt_lightning.bilevel.products.base import Product
 from diopt_lightning.bilevel.products.double_backward import DoubleBackward
 from diopt_lightning.bilevel.products.perturbation import assign, restored
 from diopt_lightning.bilevel.vectors import add
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,9 @@ class Unrolled(HypergradientEstimator):
         """Whether inner parameters may be sharded; that is the product's matter."""
         return self.product.supports_sharding
 
-    @property
-    def remembers(self) -> int:  # type: ignore[override]
-        """The steps on record."""
-        return self.steps
-
     def __init__(self, steps: int = 1, product: Product | None = None) -> None:
-        if steps < 1:
-            raise ConfigurationError(f"`steps` must be 1 or more, got {steps}.")
-        self.steps = steps
+        require_at_least(1, steps=steps)
+        self.steps = self.recorded_steps = steps
         self.product = product if product is not None else DoubleBackward()
         self._records: deque[Recorded] = deque(maxlen=steps)
 
@@ -98,14 +92,14 @@ class Unrolled(HypergradientEstimator):
         step = InnerStep.next_of(problem.inner_optimizer, problem.inner_parameters, problem.inner_gradient_clip)
         self._records.append(Recorded(problem.inner_loss, step))
 
-    def memory(self, number: int) -> list[dict[str, Any]]:
+    def recorded_state(self, number: int) -> list[dict[str, Any]]:
         """What the last steps started from; see :class:`HypergradientEstimator`."""
         records = list(self._records)
         return [record.step.saved() for record in records[len(records) - min(number, len(records)) :]]
 
-    def recall(self, memory: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
+    def restore_recorded(self, states: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
         """Put steps on record again; see :class:`HypergradientEstimator`."""
-        self._records.extend(Recorded(loss, InnerStep.of(saved)) for saved, loss in zip(memory, losses, strict=True))
+        self._records.extend(Recorded(loss, InnerStep.of(saved)) for saved, loss in zip(states, losses, strict=True))
 
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
         """Differentiate through the recorded steps; see :class:`HypergradientEstimator`."""

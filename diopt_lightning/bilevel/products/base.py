@@ -32,6 +32,7 @@ class Linearization(ABC):
 
     def __init__(self, problem: BilevelProblem, fraction: float = 1.0) -> None:
         self.problem = problem
+        self.fraction = fraction
         self.statistics: dict[str, float] = {}
         self.parts = problem.inner_parts()
         used = math.ceil(fraction * len(self.parts))
@@ -163,13 +164,18 @@ class Product(ABC):
         return explained(type(self).__name__)
 
 
+class OnceDifferentiableError(RuntimeError):
+    """The graph of a gradient goes through an operation that is marked as once differentiable."""
+
+
+ONCE = "an operation of the model is marked as differentiable only once"
 # What PyTorch says where a second derivative does not exist, and what it means.
 CAUSES = {
     "aot_autograd does not currently support double backward": "a module is compiled by `torch.compile`",
     "torch.compile": "a module is compiled by `torch.compile`",
     "scaled_dot_product": "attention runs in a fused kernel that has no second derivative",
     "flash_attn": "attention runs in a fused kernel that has no second derivative",
-    "once_differentiable": "an operation of the model is marked as differentiable only once",
+    "once_differentiable": ONCE,
     "forward AD": "an operation of the model has no forward derivative",
     "jvp": "an operation of the model has no forward derivative",
     "is not implemented": "an operation of the model has no second derivative",
@@ -183,7 +189,8 @@ def explained(product: str) -> Iterator[None]:
         with checkpointing_explained():
             yield
     except RuntimeError as error:  # includes NotImplementedError
-        cause = next((cause for words, cause in CAUSES.items() if words in str(error)), None)
+        found = (cause for words, cause in CAUSES.items() if words in str(error))
+        cause = ONCE if isinstance(error, OnceDifferentiableError) else next(found, None)
         if cause is None:
             raise
         raise ConfigurationError(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from diopt_lightning.bilevel.problem import BilevelProblem
-from diopt_lightning.bilevel.products.base import ExactLinearization, Linearization, Product
+from diopt_lightning.bilevel.products.base import ExactLinearization, Linearization, OnceDifferentiableError, Product
 from diopt_lightning.bilevel.products.second_order import second_order
 from diopt_lightning.bilevel.vectors import Vector, as_vector
 
@@ -26,9 +26,6 @@ class DoubleBackward(Product):
     The right product where it fits into memory. With :func:`~diopt_lightning.bilevel.checkpoint_activations` of a
     model's blocks it takes about a quarter of the memory that activations take, and twice the time.
 
-    Args:
-        fraction: Share of the micro-batches that the Hessian is computed on; see :class:`Product`.
-
     Example:
         >>> theta, phi = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
         >>> problem = BilevelProblem(lambda: (phi * theta**2).sum(), lambda: theta.sum(), [theta], [phi])
@@ -37,9 +34,7 @@ class DoubleBackward(Product):
         ([tensor([6.])], [tensor([6.])])
     """
 
-    def __init__(self, fraction: float = 1.0) -> None:
-        super().__init__(fraction)
-        self._inspected = False
+    _inspected = False
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Build the graph of the inner gradient, if it is to be kept; see :class:`Product`."""
@@ -60,9 +55,10 @@ class GradientGraph(ExactLinearization):
     def __init__(self, problem: BilevelProblem, fraction: float = 1.0, inspect: bool = True) -> None:
         super().__init__(problem, fraction)
         self._inspect = inspect
-        self._kept = self._build(0) if len(self.parts) == 1 else None
+        self._graph = self._build(0) if len(self.parts) == 1 else None
 
     def _build(self, index: int) -> list[Tensor | None]:
+        """Return the gradient of the loss of a micro-batch with respect to theta, with its graph."""
         with second_order():
             loss = self.evaluate(index)
             gradient = torch.autograd.grad(loss, self.problem.inner_parameters, create_graph=True, allow_unused=True)
@@ -73,29 +69,29 @@ class GradientGraph(ExactLinearization):
         return list(gradient)
 
     def gradient(self) -> Vector:
-        """Return the gradient whose graph is kept; see :class:`Linearization`."""
-        if self._kept is None:
+        """Return the gradient, of the graph that the products use where there is one; see :class:`Linearization`."""
+        if self._graph is None:
             return super().gradient()
-        return self.problem.average(as_vector(self._kept, self.problem.inner_parameters))
+        return self.problem.average(as_vector(self._graph, self.problem.inner_parameters))
 
     def derivatives(self, index: int, v: Vector, parameters: Sequence[Tensor]) -> Vector:
         """Differentiate ``<gradient, v>``; see :class:`Linearization`."""
-        graph = self._kept if self._kept is not None else self._build(index)
+        gradient = self._graph if self._graph is not None else self._build(index)
         # An entry without a graph (its loss is linear in it, or does not reach it) has only zero second derivatives.
-        entries = [(g, x.to(g.dtype)) for g, x in zip(graph, v, strict=True) if g is not None and g.requires_grad]
+        entries = [(g, x.to(g.dtype)) for g, x in zip(gradient, v, strict=True) if g is not None and g.requires_grad]
         products: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if entries:
             outputs, directions = zip(*entries, strict=True)
             # Checkpointed layers run their forward pass again in here.
             with second_order():
                 products = torch.autograd.grad(
-                    outputs, parameters, directions, retain_graph=self._kept is not None, allow_unused=True
+                    outputs, parameters, directions, retain_graph=self._graph is not None, allow_unused=True
                 )
         return as_vector(products, parameters)
 
     def free(self) -> None:
         """Let go of the graph."""
-        self._kept = None
+        self._graph = None
 
 
 def check_reached(gradient: Sequence[Tensor | None]) -> None:
@@ -118,10 +114,12 @@ def check_twice_differentiable(gradient: Sequence[Tensor | None]) -> None:
     what the operation saved for constants, and the product would be wrong without a word.
 
     Raises:
-        RuntimeError: If there is one.
+        OnceDifferentiableError: If there is one.
     """
     if any(node.name() == "torch::autograd::Error" for node in graph_of(gradient)):
-        raise RuntimeError("the backward pass of a torch.autograd.Function is marked with @once_differentiable")
+        raise OnceDifferentiableError(
+            "the backward pass of a torch.autograd.Function is marked with @once_differentiable"
+        )
 
 
 def graph_of(tensors: Sequence[Tensor | None]) -> Iterator[Node]:

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 # A relative error of a product that is warned of: beyond it the differences are dominated by kinks or by rounding.
 INACCURATE = 0.05
-# The same of the change of a product with the distance, which is that of two errors: kinks alone may change it by less.
+# A relative change of a product with the distance that is warned of: kinks alone, which make errors of two distances,
+# may change it by less.
 ROUNDING = 0.5
 
 

@@ -39,9 +39,6 @@ class GaussNewton(Product):
     A product costs about 1.3 gradients, the last one 4 more for the mixed term, and memory is about five times that of
     a plain backward.
 
-    Args:
-        fraction: Share of the micro-batches that the curvature is computed on; see :class:`Product`.
-
     Raises:
         ConfigurationError: If ``inner_loss`` uses none of the three functions.
 
@@ -55,9 +52,7 @@ class GaussNewton(Product):
         ([tensor([8.])], [tensor([-4.])])
     """
 
-    def __init__(self, fraction: float = 1.0) -> None:
-        super().__init__(fraction)
-        self._inspected = False
+    _inspected = False
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Build the graphs of the outputs and of the loss, if they are to be kept; see :class:`Product`."""
@@ -70,7 +65,7 @@ class _GaussNewton(Linearization):
     def __init__(self, problem: BilevelProblem, fraction: float, inspect: bool) -> None:
         super().__init__(problem, fraction)
         self._inspect = inspect
-        self._kept = self._build(0) if len(self.parts) == 1 else None
+        self._graphs = self._build(0) if len(self.parts) == 1 else None
 
     def _build(self, index: int) -> "_Split":
         with second_order():
@@ -81,7 +76,7 @@ class _GaussNewton(Linearization):
     def hessian(self, v: Vector) -> Vector:
         total = zeros(self.problem.inner_parameters)
         for index, weight in enumerate(self.curvature_weights):
-            split = self._kept if self._kept is not None else self._build(index)
+            split = self._graphs if self._graphs is not None else self._build(index)
             # Checkpointed layers run their forward pass again in here.
             with second_order():
                 total = add(total, split.product(v), weight)
@@ -91,7 +86,7 @@ class _GaussNewton(Linearization):
         return self.hessian(v), GradientGraph(self.problem, inspect=self._inspect).mixed(v)
 
     def free(self) -> None:
-        self._kept = None
+        self._graphs = None
 
 
 class OutputsOfTheNetwork(TorchFunctionMode):

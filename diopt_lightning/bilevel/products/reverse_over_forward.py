@@ -25,9 +25,6 @@ class ReverseOverForward(Product):
     the gradient does not fit and products are few, or as an independent check. Attention runs in
     PyTorch's math kernel; activation checkpointing and compiled modules do not work in forward mode.
 
-    Args:
-        fraction: Share of the micro-batches that the Hessian is computed on; see :class:`Product`.
-
     Example:
         >>> theta, phi = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
         >>> problem = BilevelProblem(lambda: (phi * theta**2).sum(), lambda: theta.sum(), [theta], [phi])
@@ -35,9 +32,6 @@ class ReverseOverForward(Product):
         ...     linearization.both([torch.tensor([3.0])])
         ([tensor([6.])], [tensor([6.])])
     """
-
-    def __init__(self, fraction: float = 1.0) -> None:
-        super().__init__(fraction)
 
     def at(self, problem: BilevelProblem) -> Linearization:
         """Return the linearization, which holds nothing; see :class:`Product`."""
