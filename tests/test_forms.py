@@ -53,7 +53,7 @@ FORMS: list[tuple[str, Callable[[], Instruction]]] = [
     ("extractor-dp-expected", lambda: ExtractorDP(1, 3, 32, relaxation=ExpectedLoss())),
     ("extractor-ic-soft", lambda: ExtractorIC(2, 3, 32, relaxation=Soft())),
     ("extractor-ic-expected", lambda: ExtractorIC(1, 3, 32, relaxation=ExpectedLoss(), encoding=Pooled(hidden=4))),
-    ("extractor-ic-transformer", lambda: ExtractorIC(1, 3, 32, ANNOTATED, Soft(), Transformer(heads=2))),
+    ("extractor-ic-transformer", lambda: ExtractorIC(1, 3, 32, ANNOTATED, Soft(), encoding=Transformer(heads=2))),
     ("task-weights", TaskWeights),
     (
         "composition",
@@ -247,7 +247,7 @@ def test_slots_choose_different_candidates_unless_they_may_repeat(tokenizer, tas
         weights = extractor.relaxation.weights(extractor.logits, repeats)
         assert weights.argmax(-1).tolist() == [[0, 0, 0] if repeats else [0, 1, 2]] * 3
         assert weights.sum(-1).eq(1).all()
-        chosen = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[0]["slots"]]
+        chosen = [slot.candidate for slot in extractor.describe(tokenizer, backbone.embedding)[0].slots]
         assert chosen == ([0, 0, 0] if repeats else [0, 1, 2])
 
 
@@ -376,7 +376,7 @@ def test_task_weights_multiply_the_losses_of_their_instances(tokenizer, tasks, b
         share = (one.labels != -100).sum() / tokens
         expected = expected + 3 * weights.logits.softmax(0)[task] * share * backbone.loss(one)
     assert torch.allclose(backbone.loss(batch, weights(batch, backbone.embedding)), expected, atol=1e-5)
-    assert sum(row["weight"] for row in weights.describe(tokenizer, backbone.embedding)) == pytest.approx(3, abs=1e-3)
+    assert sum(row.weight for row in weights.describe(tokenizer, backbone.embedding)) == pytest.approx(3, abs=1e-3)
 
 
 def test_a_composition_is_its_parts_in_a_row(tokenizer, tasks, backbone):
@@ -388,8 +388,8 @@ def test_a_composition_is_its_parts_in_a_row(tokenizer, tasks, backbone):
     assert torch.equal(found.embeddings[:, :2], soft.weight[batch.task[alone.alternatives.instance]])
     assert found.weight.shape == (3,)
     described = both.describe(tokenizer, backbone.embedding)[1]
-    assert described["task"] == "task002"
-    assert [part["form"] for part in described["parts"]] == ["EmbedderDP", "ExtractorDP", "TaskWeights"]
+    assert described.task == "task002"
+    assert [part.form for part in described.parts] == ["EmbedderDP", "ExtractorDP", "TaskWeights"]
     (embeddings, *_) = both.task_embeddings(backbone.embedding)
     assert torch.equal(embeddings[:2], soft.weight[0])
     with pytest.raises(ConfigurationError, match="2 parts of a Composition sum over alternatives"):
@@ -468,8 +468,8 @@ def test_forms_by_conversion_are_described_by_the_first_instances_of_each_task(t
     expected = embedder.conversion.map(unit_scale(backbone.embedding.weight[ids[:8]]))
     assert torch.allclose(first, expected, atol=1e-5)
     said = embedder.describe(tokenizer, backbone.embedding)[0]
-    assert len(said["nearest_tokens"]) == len(said["cosine"]) == 8
-    choices = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[1]["slots"]]
+    assert len(said.nearest_tokens) == len(said.cosine) == 8
+    choices = [slot.candidate for slot in extractor.describe(tokenizer, backbone.embedding)[1].slots]
     assert len(set(choices)) == 2
     both = built(Composition([EmbedderDP(2), extractor]), tasks, tokenizer, backbone)
     assert both.task_embeddings(backbone.embedding) is None

@@ -17,6 +17,7 @@ from diopt_lightning.data.tasks import Example, Instance, Task
 from diopt_lightning.instructions import (
     CandidatePool,
     Definition,
+    Description,
     EmbedderDP,
     ExpectedLoss,
     ExtractorDP,
@@ -222,14 +223,14 @@ def test_what_was_learned_can_be_read(tokenizer, tasks, backbone):
     embedder = EmbedderDP(length=2, init=Definition())
     embedder.build(tasks, tokenizer, backbone.embedding)
     described = embedder.describe(tokenizer, backbone.embedding)[0]
-    assert described == {"task": "task001", "nearest_tokens": WORDS[:2], "cosine": [1.0, 1.0]}
+    assert described == Description("task001", nearest_tokens=WORDS[:2], cosine=[1.0, 1.0])
     extractor = ExtractorDP(candidates=3, candidate_length=32)
     extractor.build(tasks, tokenizer, backbone.embedding)
     extractor.logits.data[1, 0, 2] = 1.0
-    slot = extractor.describe(tokenizer, backbone.embedding)[1]["slots"][0]
-    assert slot["candidate"] == 2
-    assert slot["probability"] == pytest.approx(torch.tensor([0.0, 0.0, 1.0]).softmax(0)[2].item(), abs=1e-4)
-    assert slot["exemplar"] == f"Input: {' '.join(WORDS[20:23])}.\n Output: {WORDS[22]}."
+    slot = extractor.describe(tokenizer, backbone.embedding)[1].slots[0]
+    assert slot.candidate == 2
+    assert slot.probability == pytest.approx(torch.tensor([0.0, 0.0, 1.0]).softmax(0)[2].item(), abs=1e-4)
+    assert slot.exemplar == f"Input: {' '.join(WORDS[20:23])}.\n Output: {WORDS[22]}."
 
 
 def test_candidates_are_positive_examples_then_instances(tasks):

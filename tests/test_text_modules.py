@@ -56,7 +56,7 @@ LEARNABLE = {
     "embedder_ic_token_wise": lambda: EmbedderIC(TokenWise(max_length=16, relu=True)),
     "embedder_ic_transformer": lambda: EmbedderIC(Linear(length=3, encoding=Transformer(heads=2))),
     "extractor_ic": lambda: ExtractorIC(2, 3, 32, POOL),
-    "extractor_ic_expected_loss": lambda: ExtractorIC(1, 3, 32, POOL, ExpectedLoss(), Pooled(hidden=8)),
+    "extractor_ic_expected_loss": lambda: ExtractorIC(1, 3, 32, POOL, ExpectedLoss(), encoding=Pooled(hidden=8)),
     "task_weights": TaskWeights,
     "composition": lambda: Composition([EmbedderDP(3), ExtractorDP(1, 3, 32, POOL, ExpectedLoss()), TaskWeights()]),
 }
