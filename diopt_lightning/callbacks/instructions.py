@@ -10,12 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
-from diopt_lightning.callbacks.results import results_folder, write_json
+from diopt_lightning.callbacks.results import results_folder
 from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
 from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
-from diopt_lightning.inspection.report import in_order
+from diopt_lightning.inspection.report import as_json, in_order
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
@@ -77,7 +77,7 @@ class LearnedInstructions(pl.Callback):
         data = in_order(pl_module.describe_instruction() | self.report(trainer, pl_module))
         if not trainer.is_global_zero:
             return
-        write_json(folder / "instructions.json", data)
+        (folder / "instructions.json").write_text(as_json(data), encoding="utf-8")
         report = Report.of(data)
         (folder / "instructions.html").write_text(page(report), encoding="utf-8")
         figure = picture(report)

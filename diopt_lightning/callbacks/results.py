@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed
 
 from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.callbacks.figures import draw_losses
+from diopt_lightning.inspection.report import as_json
 from diopt_lightning.modules.evaluation import InstructionEvaluation, Prediction
 
 LOSSES = ("inner_loss", "outer_loss")
@@ -100,7 +100,7 @@ class Results(pl.Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         scores = pl_module.scores["test"].items()
         details = {f"test/{name}": value for name, value in scores if not name.endswith("/all")}
-        write_json(folder / "metrics.json", {**metrics, **details})
+        (folder / "metrics.json").write_text(as_json({**metrics, **details}), encoding="utf-8")
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
     def _write_predictions(self, trainer: pl.Trainer, folder: Path) -> int:
@@ -152,9 +152,3 @@ def gather(predictions: list[Prediction]) -> list[Prediction]:
     gathered: list[list[Prediction]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(gathered, predictions)
     return [prediction for part in gathered for prediction in part]
-
-
-@rank_zero_only
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

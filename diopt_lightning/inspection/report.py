@@ -14,6 +14,7 @@ The last three come from the callback :class:`~diopt_lightning.callbacks.Learned
 may anything that a form of instruction does not say of a task.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ def in_order(data: dict[str, Any]) -> dict[str, Any]:
     names = ("form", "backbone", "encoder_decoder", "step", "tasks", "learned", "diversity")
     first = [name for name in names if name in data]
     return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
+
+
+def as_json(data: Any) -> str:
+    """Plain data as the indented JSON of a file."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def select(data: dict[str, Any], patterns: str) -> dict[str, Any]:
