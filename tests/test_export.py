@@ -43,8 +43,8 @@ from diopt_lightning.instructions import (
 from diopt_lightning.instructions.base import InstructionEmbeddings
 from tests.conftest import TINY_T5
 from tests.helpers import prepend, quiet_trainer
+from tests.runs import data, optimization
 from tests.test_cli import small_run
-from tests.test_text_modules import data, optimization
 
 TASKS = [f"task00{i}_label_train" for i in range(1, 5)]
 INPUTS = ["apple river", "storm apple bridge castle moon", "fish"]  # of several lengths, so that there is padding
@@ -284,6 +284,27 @@ def test_a_form_without_an_instruction_of_a_task_has_no_embeddings_and_no_text(
         instruction_embeddings(module)
     with pytest.raises(ConfigurationError, match=r"has no text for the task `task001_label_train` as a whole"):
         export_text(tmp_path, tmp_path / "text", module.learned(), type(module.instruction).__name__)
+
+
+def test_a_checkpoint_that_does_not_say_what_depends_on_the_instance_is_read_by_its_form():
+    """As those written before it was said."""
+    tokens, slot = {"nearest_tokens": ["a"], "cosine": [0.5]}, {"candidate": 1, "probability": 0.5}
+    for form, of_instance in (("EmbedderIC", True), ("ExtractorIC", True), ("EmbedderDP", False), ("Own", False)):
+        assert Description.from_plain_data({"task": "t", **tokens}, form).of_instance == of_instance
+        row = {"task": "t", "parts": [{"form": "EmbedderDP", **tokens}, {"form": form, "slots": [slot]}]}
+        parts = Description.from_plain_data(row, "Composition").parts
+        assert [part.of_instance for part in parts] == [False, of_instance]
+        assert parts[1].slots == [ChosenExemplar(1, 0.5)]
+
+
+def test_free_parameters_are_exported_from_the_checkpoint_alone(soft, tmp_path):
+    alone = SavedRun(Path(shutil.copy(soft.checkpoint, tmp_path / "alone.ckpt")))
+    assert torch.equal(torch.stack(list(alone.embeddings().values())), soft.content["state_dict"]["instruction.weight"])
+    content = soft.content
+    del content["task_embeddings"]  # as those written before it was said: the run is rebuilt
+    torch.save(content, soft.folder / "checkpoints" / "before.ckpt")
+    rebuilt = SavedRun(soft.folder / "checkpoints" / "before.ckpt").embeddings()
+    assert all(torch.equal(rows, rebuilt[name]) for name, rows in alone.embeddings().items())
 
 
 def test_read_only_data_is_copied_and_never_into_itself(layout, tmp_path):

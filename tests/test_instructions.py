@@ -10,7 +10,7 @@ from torch import nn
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.bilevel import BilevelProblem, Neumann
-from diopt_lightning.data.collate import Batch, pad
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
 from diopt_lightning.data.tasks import Example, Instance, Task
@@ -29,6 +29,7 @@ from diopt_lightning.instructions import (
     Vocabulary,
 )
 from tests.conftest import TINY_T5
+from tests.forms import INPUTS, batch_of
 from tests.helpers import prepend
 
 
@@ -54,16 +55,6 @@ def backbone(tokenizer):
     backbone = RandomSeq2Seq(dict(TINY_T5))
     backbone.build(tokenizer)
     return backbone
-
-
-def batch_of(tokenizer, texts: list[str], task: list[int]) -> Batch:
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    labels = pad([tokenizer(WORDS[index % 50])["input_ids"] for index in range(len(texts))], -100)
-    mask = pad([[1] * len(row) for row in ids], 0)
-    return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.full((len(task),), 99))
-
-
-INPUTS = ["Now complete the following example -\nInput: wolf.\nOutput: ", "Input: sun sun sun.\nOutput: ", "wolf"]
 
 
 def test_a_chosen_exemplar_is_to_the_model_what_its_text_is(tokenizer, tasks, backbone):

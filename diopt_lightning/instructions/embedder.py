@@ -1,6 +1,7 @@
 """The instruction embedder: a continuous instruction."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import require_at_least
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.initialization import Initialization, Normal
 
@@ -61,7 +62,8 @@ class EmbedderDP(Instruction):
 
     def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the vocabulary token nearest to each vector by cosine, and the cosines."""
-        return nearest_tokens(self.task_names, self.weight.detach(), tokenizer, embedding)
+        vectors = self.task_embeddings(partial(embedded, embedding))
+        return nearest_tokens(self.task_names, vectors, tokenizer, embedding)
 
     @property
     def task_parameter(self) -> str | None:
