@@ -26,6 +26,10 @@ TINY_T5 = {
     "num_heads": 2,
     "dropout_rate": 0.0,
 }
+# A smaller version of the demo's experiment.
+SMALL_EXPERIMENT = BlankExemplars(
+    exemplars=3, train_tasks=4, validation_tasks=2, dev_tasks=2, test_tasks=2, instances=8, labels=4
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,11 +59,9 @@ def _compute_small_things_on_one_thread(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def blank_exemplars(tmp_path: Path) -> BlankExemplars:
+def blank_exemplars() -> BlankExemplars:
     """A smaller version of the demo's experiment."""
-    return BlankExemplars(
-        exemplars=3, train_tasks=4, validation_tasks=2, dev_tasks=2, test_tasks=2, instances=8, labels=4
-    )
+    return SMALL_EXPERIMENT
 
 
 def task_document(name: str = "task001", **changes: Any) -> dict[str, Any]:

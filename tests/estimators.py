@@ -5,7 +5,6 @@ product that gets one in ``PRODUCTS`` likewise. Where one is exported and has no
 (``tests/bilevel/test_guarantees.py``).
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from enum import Flag, auto
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from diopt_lightning.bilevel import (
     Spectrum,
     Unrolled,
 )
+from tests.helpers import concrete_classes
 
 Make = Callable[[], HypergradientEstimator]
 
@@ -178,5 +178,4 @@ PRODUCTS = [
 
 def exported(base: type) -> list[Any]:
     """The classes of ``diopt_lightning.bilevel`` that a user chooses among in place of ``base``."""
-    classes = [each for each in map(vars(bilevel).get, bilevel.__all__) if inspect.isclass(each)]
-    return [each for each in classes if issubclass(each, base) and not inspect.isabstract(each)]
+    return concrete_classes(bilevel, base)

@@ -1,5 +1,7 @@
 """Helpers of the tests."""
 
+import inspect
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,3 +45,9 @@ class InDouble(TorchFunctionMode):
             args = [torch.float64 if x is torch.float32 else x for x in args]
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def concrete_classes(module: ModuleType, base: type) -> list[type]:
+    """The classes that a module exports and that can be made, among those derived from another one."""
+    found = [getattr(module, name) for name in module.__all__]
+    return [each for each in found if inspect.isclass(each) and issubclass(each, base) and not inspect.isabstract(each)]

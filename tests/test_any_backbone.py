@@ -19,20 +19,16 @@ from diopt_lightning.cli import main
 from diopt_lightning.data import BlankExemplarsDataModule
 from diopt_lightning.export import export_adapter, export_model, instruction_embeddings
 from diopt_lightning.export.model import plain_model
-from diopt_lightning.instructions import CandidatePool, EmbedderDP, EmbedderIC, ExtractorDP, Instruction, Linear
+from diopt_lightning.instructions import EmbedderDP, Instruction
+from tests.backbones import FAMILIES
+from tests.forms import LEARNABLE
 from tests.helpers import quiet_trainer
-from tests.test_backbones import FAMILIES
-from tests.test_text_modules import data, moved
+from tests.runs import data, moved
 from tests.tolerances import Error
 
 LLAMA = FAMILIES["llama"]
 GPT2 = FAMILIES["gpt2"] | {"n_positions": 2048}  # for the data module's limits
 T5 = FAMILIES["t5"] | {"feed_forward_proj": "gated-gelu"}
-FORMS: dict[str, Any] = {
-    "embedder": lambda: EmbedderDP(length=3),
-    "embedder_ic": lambda: EmbedderIC(Linear(length=3)),
-    "extractor": lambda: ExtractorDP(1, 3, 32, CandidatePool(instances=False)),
-}
 
 
 def optimization(
@@ -63,10 +59,10 @@ def pretrained(folder: Path, experiment: Any, config: dict[str, Any]) -> str:
     return str(folder / "model")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["embedder", "embedder_ic", "straight_through"])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_both_levels_of_a_causal_model_learn_and_it_is_tested(form, config, blank_exemplars, tmp_path):
-    module = optimization(RandomCausal(dict(config)), FORMS[form]())
+    module = optimization(RandomCausal(dict(config)), LEARNABLE[form]())
     distances = moved(module, blank_exemplars, tmp_path)
     assert distances["backbone"] > 0
     assert distances["instruction"] > 0
@@ -249,9 +245,9 @@ class TestPrecision:
         assert 1e-7 < Error(1 - cosine) < 1 - least  # rounded indeed
         assert Error(error) < 0.2
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_every_kind_of_instruction_trains_beside_a_model_in_half_precision(self, form, blank_exemplars, tmp_path):
-        module = optimization(RandomSeq2Seq(dict(T5)), FORMS[form]())
+    @pytest.mark.parametrize("form", LEARNABLE)
+    def test_every_form_of_instruction_trains_beside_a_model_in_half_precision(self, form, blank_exemplars, tmp_path):
+        module = optimization(RandomSeq2Seq(dict(T5)), LEARNABLE[form]())
         trainer = quiet_trainer(max_steps=4, precision="bf16-true", limit_val_batches=1)
         trainer.fit(module, data(blank_exemplars, tmp_path))
         assert next(module.backbone.parameters()).dtype == torch.bfloat16

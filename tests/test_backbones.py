@@ -1,110 +1,60 @@
 """Every family of models: embeddings where tokens would be, losses of targets alone, generation, and gradients."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import diopt_lightning.backbones
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import (
     Adapter,
     Backbone,
     ByName,
     Causal,
-    InnerParameters,
     LastLayers,
     LoRA,
     RandomCausal,
-    RandomSeq2Seq,
 )
-from diopt_lightning.bilevel import BilevelProblem, Chebyshev, DoubleBackward, FiniteDifference, Neumann
-from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
-from diopt_lightning.data.synthetic import WORDS, word_tokenizer
+from diopt_lightning.bilevel import BilevelProblem, Chebyshev
+from diopt_lightning.data.collate import IGNORED_LABEL
 from diopt_lightning.data.text_format import causal_format, chat_format, encode, encoder_decoder_format
 from diopt_lightning.instructions.base import InstructionEmbeddings
-from tests.conftest import TINY_T5
-from tests.helpers import InDouble
-
-DECODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = DECODER | {"num_key_value_heads": 1, "head_dim": 8}
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-FAMILIES = {
-    "t5": TINY_T5,
-    "umt5": TINY_T5 | {"model_type": "umt5"},
-    "bart": BART | {"model_type": "bart", "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0},
-    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0}
-    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "llama": GROUPED | {"model_type": "llama"},
-    "qwen2": DECODER | {"model_type": "qwen2", "num_key_value_heads": 2},
-    "qwen3": GROUPED | {"model_type": "qwen3"},
-    "gemma": GROUPED | {"model_type": "gemma"},
-    "gemma2": GROUPED | {"model_type": "gemma2"},
-    "gemma3": GROUPED | {"model_type": "gemma3_text"},
-}
-CAUSAL = [name for name in FAMILIES if name not in ("t5", "umt5", "bart")]
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} </s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
+from tests.backbones import (
+    BACKBONES,
+    CAUSAL,
+    CHECKS,
+    FAMILIES,
+    TARGETS,
+    TEMPLATE,
+    TEXTS,
+    check_instructions_are_read_as_text,
+    made,
+    rows,
+    some_tokenizer,
 )
+from tests.helpers import concrete_classes
 
 
 @pytest.fixture
 def tokenizer():
-    return word_tokenizer([*WORDS, "user", "assistant", "name", "the"])
+    return some_tokenizer()
 
 
-def made(name: str, tokenizer: Any, inner_parameters: InnerParameters | None = None, **options: Any) -> Any:
-    family = RandomCausal if name in CAUSAL else RandomSeq2Seq
-    backbone = family(dict(FAMILIES[name]), inner_parameters=inner_parameters, **options)
-    backbone.build(tokenizer)
-    with torch.no_grad():  # as drawn, some models hardly look at their input
-        for parameter in backbone.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return backbone
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_holds_of_every_backbone(name, check):
+    check(BACKBONES[name])
 
 
-def rows(backbone: Backbone, tokenizer, texts: list[str], targets: list[str]) -> Batch:
-    text_format = backbone.text_format(tokenizer)
-    sources = [text_format.source(tokenizer, text, 64)[0] for text in texts]
-    labels = [text_format.target(tokenizer, text, 64)[0] for text in targets]
-    mask = pad([[1] * len(row) for row in sources], 0)
-    zeros = torch.zeros(len(texts), dtype=torch.long)
-    return Batch(pad(sources, tokenizer.pad_token_id), mask, pad(labels, IGNORED_LABEL), zeros, zeros)
+def test_the_list_of_backbones_is_complete():
+    listed = {type(make()) for make in BACKBONES.values()}
+    assert listed == set(concrete_classes(diopt_lightning.backbones, Backbone))
 
 
-def written(texts: list[str], tokenizer, backbone: Backbone) -> InstructionEmbeddings:
-    """Texts as instructions, with gaps and padding where a learned one may have them."""
-    ids = [encode(tokenizer, text) for text in texts]
-    longest = max(map(len, ids)) + 2
-    embeddings, mask = torch.randn(len(ids), longest, 16), torch.zeros(len(ids), longest, dtype=torch.bool)
-    for row, tokens in enumerate(ids):
-        places = [0, *range(2, len(tokens) + 1)][: len(tokens)]
-        embeddings[row, places] = backbone.embed(torch.tensor(tokens)).detach()
-        mask[row, places] = True
-    return InstructionEmbeddings(embeddings, mask)
-
-
-INSTRUCTIONS = [" ".join(WORDS[:4]), WORDS[9], " ".join(WORDS[20:22])]
-TEXTS = [" ".join(WORDS[30:36]), WORDS[40], " ".join(WORDS[42:45])]
-TARGETS = [WORDS[3], " ".join(WORDS[5:8]), WORDS[11]]
-
-
-@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_instruction_embeddings_are_to_the_model_what_their_text_is(name, chat, tokenizer):
+@pytest.mark.parametrize("name", CAUSAL)
+def test_instruction_embeddings_are_what_their_text_is_in_a_chat(name, tokenizer):
     tokenizer.chat_template = TEMPLATE
-    if chat and name not in CAUSAL:
-        pytest.skip("an encoder-decoder model has no chat template")
-    backbone = made(name, tokenizer, **({"chat_template": True} if chat else {}))
-    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
-    joined = rows(backbone, tokenizer, [f"{i} {t}" for i, t in zip(INSTRUCTIONS, TEXTS, strict=True)], TARGETS)
-    instruction = written(INSTRUCTIONS, tokenizer, backbone)
-    with torch.no_grad():
-        assert torch.allclose(backbone.loss(batch, instruction), backbone.loss(joined), atol=1e-5)
-        backbone.eval()
-        outputs = backbone.generate(batch, 5, instruction), backbone.generate(joined, 5)
-    assert torch.equal(*outputs)
+    check_instructions_are_read_as_text(lambda: BACKBONES[name](chat_template=True), tokenizer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -141,27 +91,6 @@ def test_generation_continues_each_row_greedily_and_stops_at_the_end(name, token
         kept = found[row].tolist()[: len(expected)]
         assert kept == expected
         assert set(found[row].tolist()[len(expected) :]) <= {tokenizer.pad_token_id}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_and_hypergradients_are_right_in_float64(name, tokenizer):
-    backbone = made(name, tokenizer).double()
-    batch = rows(backbone, tokenizer, TEXTS[:2], TARGETS[:2])
-    start = 0.3 * torch.randn(2, 2, 16, dtype=torch.float64)
-    phi = nn.Parameter(start)
-    mask = torch.ones(2, 2, dtype=torch.bool)
-
-    def loss(phi: Tensor) -> Tensor:
-        return backbone.loss(batch, InstructionEmbeddings(phi, mask))
-
-    theta = [p for p in backbone.parameters() if p.numel() < 600]
-    with InDouble():
-        assert torch.autograd.gradcheck(loss, phi, fast_mode=True)
-        problem = BilevelProblem(lambda: loss(phi), lambda: backbone.loss(batch), theta, [phi])
-        exact = Neumann(terms=2, step_size=1e-3, product=DoubleBackward())(problem).gradient[0]
-        obvious = Neumann(terms=2, step_size=1e-3, product=FiniteDifference(scheme="central"))(problem).gradient[0]
-    assert exact.norm() > 0
-    assert torch.allclose(exact, obvious, atol=1e-5 * float(exact.norm()))
 
 
 class TestTextFormats:

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn import Module
 
+from diopt_lightning import backbones, bilevel, instructions
+from diopt_lightning.backbones import Backbone
 from diopt_lightning.bilevel import HypergradientEstimator, Product
 from diopt_lightning.cli import DioptCLI, main, run
 from diopt_lightning.data import BlankExemplars
+from diopt_lightning.instructions import Instruction
 from tests.conftest import TINY_T5
-from tests.estimators import exported
+from tests.helpers import concrete_classes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -25,17 +29,18 @@ CLASSES = [
     ("data", "diopt_lightning.data.BlankExemplarsDataModule"),
 ]
 PARTS = [
-    ("backbone", "diopt_lightning.backbones.Seq2Seq"),
-    ("backbone", "diopt_lightning.backbones.RandomSeq2Seq"),
-    ("instruction", "diopt_lightning.instructions.EmbedderDP"),
-    ("instruction", "diopt_lightning.instructions.ExtractorDP"),
-    ("instruction", "diopt_lightning.instructions.RandomExemplar"),
-    ("instruction", "diopt_lightning.instructions.EmbedderIC"),
-    ("instruction", "diopt_lightning.instructions.ExtractorIC"),
-    ("instruction", "diopt_lightning.instructions.Composition"),
-    *(("hypergradient", f"diopt_lightning.bilevel.{each.__name__}") for each in exported(HypergradientEstimator)),
+    *(("backbone", f"diopt_lightning.backbones.{each.__name__}") for each in concrete_classes(backbones, Backbone)),
+    *(
+        ("instruction", f"diopt_lightning.instructions.{each.__name__}")
+        for each in concrete_classes(instructions, Instruction)
+        if each.__init__ is not Module.__init__  # it has options
+    ),
+    *(
+        ("hypergradient", f"diopt_lightning.bilevel.{each.__name__}")
+        for each in concrete_classes(bilevel, HypergradientEstimator)
+    ),
 ]
-PRODUCTS = [product.__name__ for product in exported(Product)]
+PRODUCTS = [product.__name__ for product in concrete_classes(bilevel, Product)]
 
 
 def parse(*arguments: str) -> Any:

@@ -30,7 +30,9 @@ from diopt_lightning.export import (
 )
 from diopt_lightning.instructions import (
     CandidatePool,
+    ChosenExemplar,
     Composition,
+    Description,
     EmbedderDP,
     EmbedderIC,
     ExtractorDP,
@@ -41,8 +43,8 @@ from diopt_lightning.instructions import (
 from diopt_lightning.instructions.base import InstructionEmbeddings
 from tests.conftest import TINY_T5
 from tests.helpers import prepend, quiet_trainer
+from tests.runs import data, optimization
 from tests.test_cli import small_run
-from tests.test_text_modules import data, optimization
 
 TASKS = [f"task00{i}_label_train" for i in range(1, 5)]
 INPUTS = ["apple river", "storm apple bridge castle moon", "fish"]  # of several lengths, so that there is padding
@@ -224,15 +226,15 @@ def test_text_leaves_everything_else_as_it_is(soft):
 
 def test_every_kind_of_candidate_goes_where_a_task_file_has_it(layout, tmp_path):
     slots = [
-        {"kind": kind, "input": text, "output": answer, "explanation": "", "candidate": 1, "probability": 0.5}
+        ChosenExemplar(1, 0.5, kind=kind, input=text, output=answer)
         for kind, text, answer in (
             ("Negative", "sun", "owl"),
             ("Definition", "Name it", ""),
             ("Positive", "oak", "fox"),
         )
     ]
-    row = {"task": "task001", "parts": [{"form": "TaskWeights", "weight": 1.0}, {"form": "X", "slots": slots}]}
-    export_text(layout(), tmp_path / "text", [row], "Composition")
+    parts = [Description(form="TaskWeights", weight=1.0), Description(form="X", slots=slots)]
+    export_text(layout(), tmp_path / "text", [Description("task001", parts=parts)], "Composition")
     after = json.loads((tmp_path / "text" / "tasks" / "task001.json").read_text())
     assert after["Definition"] == ["Name it", "Name the castle"]
     assert [len(after[f"{kind} Examples"]) for kind in ("Positive", "Negative")] == [4, 2]
@@ -247,19 +249,16 @@ def test_live_objects_are_exported_without_a_checkpoint(form, blank_exemplars, t
     module = optimization(EmbedderDP(2) if form == "soft" else Composition([EmbedderDP(2), exemplar, TaskWeights()]))
     quiet_trainer(max_steps=2, limit_val_batches=0).fit(module, data(blank_exemplars, tmp_path / "data"))
     module.eval()
-    embeddings, learned, tokenizer = (
-        instruction_embeddings(module),
-        module.describe_instruction(),
-        module.data.tokenizer,
-    )
-    written = export_embeddings(embeddings, tmp_path / "embeddings", learned["form"], learned["backbone"])
+    embeddings, tokenizer = instruction_embeddings(module), module.data.tokenizer
+    name = type(module.instruction).__name__
+    written = export_embeddings(embeddings, tmp_path / "embeddings", name, module.backbone.name)
     batch = next(iter(module.data.train_dataloader()["inner"]))
     instruction = module.instruction(batch, module.backbone.embedding)
     for task, rows, mask in zip(batch.task.tolist(), instruction.embeddings, instruction.mask, strict=True):
         same(read_embeddings(written)[0][TASKS[task]], rows[mask].detach())
     export_model(module.backbone.model, tokenizer, tmp_path / "model")
     export_adapter(embeddings, tmp_path / "adapter", base=str(tmp_path / "model"))
-    export_text(module.data.root, tmp_path / "text", learned["learned"], learned["form"], tokenizer)
+    export_text(module.data.root, tmp_path / "text", module.learned(), name, tokenizer)
     config = json.loads((tmp_path / "adapter" / TASKS[0] / "adapter_config.json").read_text())
     model = AutoModelForSeq2SeqLM.from_pretrained(config["base_model_name_or_path"])
     loaded = PeftModel.from_pretrained(model, tmp_path / "adapter" / TASKS[0]).eval()
@@ -283,16 +282,36 @@ def test_a_form_without_an_instruction_of_a_task_has_no_embeddings_and_no_text(
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, data(blank_exemplars, tmp_path))
     with pytest.raises(ConfigurationError, match=f"{message}.*export the model instead"):
         instruction_embeddings(module)
-    learned = module.describe_instruction()
     with pytest.raises(ConfigurationError, match=r"has no text for the task `task001_label_train` as a whole"):
-        export_text(tmp_path, tmp_path / "text", learned["learned"], learned["form"])
+        export_text(tmp_path, tmp_path / "text", module.learned(), type(module.instruction).__name__)
+
+
+def test_a_checkpoint_that_does_not_say_what_depends_on_the_instance_is_read_by_its_form():
+    """As those written before it was said."""
+    tokens, slot = {"nearest_tokens": ["a"], "cosine": [0.5]}, {"candidate": 1, "probability": 0.5}
+    for form, of_instance in (("EmbedderIC", True), ("ExtractorIC", True), ("EmbedderDP", False), ("Own", False)):
+        assert Description.from_plain_data({"task": "t", **tokens}, form).of_instance == of_instance
+        row = {"task": "t", "parts": [{"form": "EmbedderDP", **tokens}, {"form": form, "slots": [slot]}]}
+        parts = Description.from_plain_data(row, "Composition").parts
+        assert [part.of_instance for part in parts] == [False, of_instance]
+        assert parts[1].slots == [ChosenExemplar(1, 0.5)]
+
+
+def test_free_parameters_are_exported_from_the_checkpoint_alone(soft, tmp_path):
+    alone = SavedRun(Path(shutil.copy(soft.checkpoint, tmp_path / "alone.ckpt")))
+    assert torch.equal(torch.stack(list(alone.embeddings().values())), soft.content["state_dict"]["instruction.weight"])
+    content = soft.content
+    del content["task_embeddings"]  # as those written before it was said: the run is rebuilt
+    torch.save(content, soft.folder / "checkpoints" / "before.ckpt")
+    rebuilt = SavedRun(soft.folder / "checkpoints" / "before.ckpt").embeddings()
+    assert all(torch.equal(rows, rebuilt[name]) for name, rows in alone.embeddings().items())
 
 
 def test_read_only_data_is_copied_and_never_into_itself(layout, tmp_path):
     root = layout()
     for path in (root / "tasks").iterdir():
         path.chmod(0o444)
-    row = {"task": "task001", "nearest_tokens": ["castle"], "cosine": [0.5]}
+    row = Description("task001", nearest_tokens=["castle"], cosine=[0.5])
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     export_text(root, tmp_path / "text", [row], "EmbedderDP", tokenizer)
     assert (tmp_path / "text" / "tasks" / "task001.json").stat().st_mode & 0o200
@@ -301,16 +320,16 @@ def test_read_only_data_is_copied_and_never_into_itself(layout, tmp_path):
 
 
 def test_what_is_chosen_for_each_instance_is_marked_as_lossy(layout, tmp_path):
-    slot = {"kind": "Positive", "input": "oak", "output": "fox", "explanation": "", "candidate": 1, "probability": 0.5}
-    export_text(layout(), tmp_path / "text", [{"task": "task001", "slots": [slot]}], "ExtractorIC")
+    slot = ChosenExemplar(1, 0.5, input="oak", output="fox")
+    export_text(layout(), tmp_path / "text", [Description("task001", of_instance=True, slots=[slot])], "ExtractorIC")
     assert json.loads((tmp_path / "text" / "tasks" / "task001.json").read_text())["diopt_lightning"]["lossy"]
 
 
 def test_pieces_of_words_are_put_together(layout, tmp_path, t5_tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(t5_tokenizer)
     rows = [
-        {"task": "task001", "nearest_tokens": tokenizer.tokenize("Rephrase unbelievably"), "cosine": [0.5]},
-        {"task": "task002", "nearest_tokens": ["▁", "▁"], "cosine": [0.5, 0.5]},
+        Description("task001", nearest_tokens=tokenizer.tokenize("Rephrase unbelievably"), cosine=[0.5]),
+        Description("task002", nearest_tokens=["▁", "▁"], cosine=[0.5, 0.5]),
     ]
     export_text(layout(), tmp_path / "text", rows, "EmbedderDP", tokenizer)
     read = read_tasks(tmp_path / "text", ["task001", "task002"])

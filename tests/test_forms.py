@@ -1,6 +1,5 @@
-"""Every form of instruction: against slow and obvious versions, in gradients, in training, and refused where wrong."""
+"""Every form of instruction: what must hold of all, against slow and obvious versions, and refused where wrong."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+import diopt_lightning.instructions
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.synthetic import WORDS, word_tokenizer
-from diopt_lightning.data.tasks import Example, Instance, Task
+from diopt_lightning.data.synthetic import WORDS
 from diopt_lightning.instructions import (
     Annealed,
     CandidatePool,
@@ -37,51 +36,35 @@ from diopt_lightning.instructions import (
     Transformer,
     Vocabulary,
 )
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings
 from diopt_lightning.instructions.conversion import unit_scale
 from tests.conftest import TINY_T5
-from tests.test_instructions import INPUTS, batch_of
+from tests.forms import (
+    CHECKS,
+    FORMS,
+    INPUTS,
+    Form,
+    batch_of,
+    built,
+    check_description,
+    check_what_is_left,
+    some_tasks,
+    some_tokenizer,
+)
+from tests.helpers import concrete_classes
 from tests.tolerances import Error
 
 ANNOTATED = CandidatePool(instances=False)
-FORMS: list[tuple[str, Callable[[], Instruction]]] = [
-    ("embedder-dp", lambda: EmbedderDP(length=2)),
-    ("embedder-ic-pooled", lambda: EmbedderIC(Linear(length=2))),
-    ("embedder-ic-hidden", lambda: EmbedderIC(Linear(length=2, encoding=Pooled(hidden=4)))),
-    ("embedder-ic-token-wise", lambda: EmbedderIC(TokenWise(max_length=6))),
-    ("embedder-ic-relu", lambda: EmbedderIC(TokenWise(max_length=6, relu=True))),
-    ("embedder-ic-transformer", lambda: EmbedderIC(Linear(length=2, encoding=Transformer(heads=2)))),
-    ("extractor-dp-soft", lambda: ExtractorDP(2, 3, 32, relaxation=Soft())),
-    ("extractor-dp-expected", lambda: ExtractorDP(1, 3, 32, relaxation=ExpectedLoss())),
-    ("extractor-ic-soft", lambda: ExtractorIC(2, 3, 32, relaxation=Soft())),
-    ("extractor-ic-expected", lambda: ExtractorIC(1, 3, 32, relaxation=ExpectedLoss(), encoding=Pooled(hidden=4))),
-    ("extractor-ic-transformer", lambda: ExtractorIC(1, 3, 32, ANNOTATED, Soft(), Transformer(heads=2))),
-    ("task-weights", TaskWeights),
-    (
-        "composition",
-        lambda: Composition([EmbedderDP(2), ExtractorDP(1, 3, 32, ANNOTATED, ExpectedLoss()), TaskWeights()]),
-    ),
-]
-every_form = pytest.mark.parametrize(("name", "make"), FORMS, ids=[name for name, _ in FORMS])
 
 
 @pytest.fixture
 def tokenizer():
-    return word_tokenizer([*WORDS, "definition", "name", "the", "negative"])
+    return some_tokenizer()
 
 
 @pytest.fixture
 def tasks():
-    """Three tasks of two categories with annotated examples of both kinds, two definitions and a few instances."""
-
-    def task(name: str, category: str, words: list[str]) -> Task:
-        positive = tuple(Example(" ".join(words[: n + 1]), words[n]) for n in range(3))
-        negative = (Example(words[4], words[5]),)
-        instances = tuple(Instance(f"{name}-{n}", words[n + 3], (words[n + 2],)) for n in range(4))
-        definitions = (" ".join(words[:4]), " ".join(words[4:6]))
-        return Task(name, (category,), definitions, positive, negative, instances)
-
-    names = [("task001", "a"), ("task002", "b"), ("task003", "a")]
-    return [task(name, category, WORDS[20 * i : 20 * i + 10]) for i, (name, category) in enumerate(names)]
+    return some_tasks()
 
 
 @pytest.fixture
@@ -91,47 +74,55 @@ def backbone(tokenizer):
     return backbone
 
 
-@pytest.fixture
-def double_backbone(tokenizer, monkeypatch):
-    """In float64 throughout: T5's layer norm computes in float32 otherwise, which no gradient check survives."""
-    from transformers.models.t5 import modeling_t5
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-
-    monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", forward)
-    backbone = RandomSeq2Seq(dict(TINY_T5) | {"feed_forward_proj": "gated-gelu"})
-    backbone.build(tokenizer)
-    return backbone.double()
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_holds_of_every_form(form, check, tmp_path):
+    check(FORMS[form], tmp_path)
 
 
-def built(instruction: Instruction, tasks: list[Task], tokenizer: Any, backbone: RandomSeq2Seq) -> Any:
-    """An instruction with random parameters, so that nothing is symmetric."""
-    instruction.build(tasks, tokenizer, backbone.embedding)
-    instruction.to(backbone.embedding.weight.dtype)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in instruction.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return instruction
+def test_the_list_of_forms_is_complete():
+    listed = {type(form.make()) for form in FORMS.values()}
+    assert listed == set(concrete_classes(diopt_lightning.instructions, Instruction))
 
 
-@every_form
-def test_the_gradient_through_the_whole_model_is_right_in_float64(name, make, tokenizer, tasks, double_backbone):
-    instruction = built(make(), tasks, tokenizer, double_backbone)
-    batch = batch_of(tokenizer, INPUTS[:2], [0, 1])
-    names, values = zip(*instruction.named_parameters(), strict=True)
+class Doubled(EmbedderIC):
+    """A user's form that makes an instruction of each instance."""
 
-    def loss(*values: Tensor) -> Tensor:
-        parameters = dict(zip(names, values, strict=True))
-        found = torch.func.functional_call(instruction, parameters, (batch, double_backbone.embedding))
-        return double_backbone.loss(batch, found)
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        found = super().forward(batch, embed)
+        return found._replace(embeddings=2 * found.embeddings)
 
-    start = tuple(value.detach().clone().requires_grad_() for value in values)
-    # One random direction in all parameters at once: each has hundreds of entries.
-    assert torch.autograd.gradcheck(loss, start, fast_mode=True)
-    gradients = torch.autograd.grad(loss(*start), start, allow_unused=True)
-    assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients)
+
+class Sharpened(ExtractorIC):
+    """A user's form that chooses for each instance."""
+
+    def scores(self, batch: Batch, embed: Embed) -> Tensor:
+        return 2 * super().scores(batch, embed)
+
+
+class Bounded(EmbedderDP):
+    """A user's form whose instructions are not its parameter as it is."""
+
+    def task_embeddings(self, embed: Embed) -> list[Tensor]:
+        return list(self.weight.detach().tanh())
+
+    def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
+        found = super().forward(batch, embed)
+        return found._replace(embeddings=found.embeddings.tanh())
+
+
+@pytest.mark.parametrize("check", [check_description, check_what_is_left])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(lambda: Doubled(Linear(length=2))),
+        Form(lambda: Sharpened(1, 3, 32, ANNOTATED, Soft())),
+        Form(lambda: Bounded(length=2)),
+    ],
+    ids=["doubled", "sharpened", "bounded"],
+)
+def test_the_same_holds_of_a_form_of_ones_own(form, check, tmp_path):
+    check(form, tmp_path)
 
 
 def tokens_of(tokenizer: Any, batch: Batch, row: int) -> list[int]:
@@ -248,7 +239,7 @@ def test_slots_choose_different_candidates_unless_they_may_repeat(tokenizer, tas
         weights = extractor.relaxation.weights(extractor.logits, repeats)
         assert weights.argmax(-1).tolist() == [[0, 0, 0] if repeats else [0, 1, 2]] * 3
         assert weights.sum(-1).eq(1).all()
-        chosen = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[0]["slots"]]
+        chosen = [slot.candidate for slot in extractor.describe(tokenizer, backbone.embedding)[0].slots]
         assert chosen == ([0, 0, 0] if repeats else [0, 1, 2])
 
 
@@ -379,7 +370,7 @@ def test_task_weights_multiply_the_losses_of_their_instances(tokenizer, tasks, b
         share = (one.labels != -100).sum() / tokens
         expected = expected + 3 * weights.logits.softmax(0)[task] * share * backbone.loss(one)
     assert torch.allclose(backbone.loss(batch, weights(batch, backbone.embedding)), expected, atol=1e-5)
-    assert sum(row["weight"] for row in weights.describe(tokenizer, backbone.embedding)) == pytest.approx(3, abs=1e-3)
+    assert sum(row.weight for row in weights.describe(tokenizer, backbone.embedding)) == pytest.approx(3, abs=1e-3)
 
 
 def test_a_composition_is_its_parts_in_a_row(tokenizer, tasks, backbone):
@@ -391,8 +382,8 @@ def test_a_composition_is_its_parts_in_a_row(tokenizer, tasks, backbone):
     assert torch.equal(found.embeddings[:, :2], soft.weight[batch.task[alone.alternatives.instance]])
     assert found.weight.shape == (3,)
     described = both.describe(tokenizer, backbone.embedding)[1]
-    assert described["task"] == "task002"
-    assert [part["form"] for part in described["parts"]] == ["EmbedderDP", "ExtractorDP", "TaskWeights"]
+    assert described.task == "task002"
+    assert [part.form for part in described.parts] == ["EmbedderDP", "ExtractorDP", "TaskWeights"]
     (embeddings, *_) = both.task_embeddings(backbone.embedding)
     assert torch.equal(embeddings[:2], soft.weight[0])
     with pytest.raises(ConfigurationError, match="2 parts of a Composition sum over alternatives"):
@@ -471,8 +462,8 @@ def test_forms_by_conversion_are_described_by_the_first_instances_of_each_task(t
     expected = embedder.conversion.map(unit_scale(backbone.embedding.weight[ids[:8]]))
     assert torch.allclose(first, expected, atol=1e-5)
     said = embedder.describe(tokenizer, backbone.embedding)[0]
-    assert len(said["nearest_tokens"]) == len(said["cosine"]) == 8
-    choices = [slot["candidate"] for slot in extractor.describe(tokenizer, backbone.embedding)[1]["slots"]]
+    assert len(said.nearest_tokens) == len(said.cosine) == 8
+    choices = [slot.candidate for slot in extractor.describe(tokenizer, backbone.embedding)[1].slots]
     assert len(set(choices)) == 2
     both = built(Composition([EmbedderDP(2), extractor]), tasks, tokenizer, backbone)
     assert both.task_embeddings(backbone.embedding) is None

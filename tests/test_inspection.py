@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -29,25 +28,20 @@ from diopt_lightning.inspection.diversity import (
 )
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.instructions import (
-    CandidatePool,
-    Composition,
     EmbedderDP,
-    ExtractorDP,
     Instruction,
     RandomExemplar,
-    Soft,
-    TaskWeights,
 )
 from tests.conftest import TINY_T5
+from tests.forms import FORMS
 from tests.helpers import quiet_trainer
-from tests.test_text_modules import data, optimization
+from tests.runs import data, optimization
 
-POOL = CandidatePool(instances=False)
-FORMS: dict[str, Callable[[], Instruction]] = {
-    "embedder": lambda: EmbedderDP(length=3),
-    "extractor": lambda: ExtractorDP(2, 3, 32, POOL, Soft()),
-    "weights": TaskWeights,
-    "composition": lambda: Composition([EmbedderDP(length=2), ExtractorDP(1, 3, 32, POOL, Soft()), TaskWeights()]),
+KINDS = {
+    "embedder": FORMS["embedder"].make,
+    "extractor": FORMS["soft"].make,
+    "weights": FORMS["task_weights"].make,
+    "composition": FORMS["composition"].make,
 }
 
 
@@ -126,9 +120,9 @@ def fit(instruction: Instruction | None, experiment: Any, root: Path, *callbacks
     return trainer
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_run_leaves_what_it_learned_of_every_form(form, blank_exemplars, tmp_path):
-    trainer = fit(FORMS[form](), blank_exemplars, tmp_path)
+@pytest.mark.parametrize("form", KINDS)
+def test_a_run_leaves_what_it_learned_of_each_kind(form, blank_exemplars, tmp_path):
+    trainer = fit(KINDS[form](), blank_exemplars, tmp_path)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     written = json.loads((tmp_path / "instructions.json").read_text())
     assert written == load(tmp_path / "run.ckpt")
@@ -137,7 +131,7 @@ def test_a_run_leaves_what_it_learned_of_every_form(form, blank_exemplars, tmp_p
     assert [task.name for task in report.tasks] == [f"task00{index}_label_train" for index in range(1, 5)]
     assert report.step == 6
     for task in report.tasks:
-        assert len(task.tokens) == {"embedder": 3, "composition": 2}.get(form, 0)
+        assert len(task.tokens) == {"embedder": 3, "composition": 3}.get(form, 0)
         assert len(task.choices) == {"extractor": 2, "composition": 1}.get(form, 0)
         assert (task.weight is not None) == (form in ("weights", "composition"))
         assert [step for step, _ in task.weights] == ([] if task.weight is None else list(range(7)))
@@ -153,7 +147,7 @@ def test_a_run_leaves_what_it_learned_of_every_form(form, blank_exemplars, tmp_p
 
 
 def test_the_diversity_is_that_of_the_module(blank_exemplars, tmp_path):
-    trainer = fit(FORMS["embedder"](), blank_exemplars, tmp_path)
+    trainer = fit(KINDS["embedder"](), blank_exemplars, tmp_path)
     module = trainer.lightning_module
     written = json.loads((tmp_path / "instructions.json").read_text())["diversity"]
     learned = module.instruction.weight.detach().double().mean(dim=1)
@@ -167,7 +161,7 @@ def test_the_diversity_is_that_of_the_module(blank_exemplars, tmp_path):
     assert written["picture"]["learned"][0] == pytest.approx(plane.learned[0].tolist(), rel=1e-3)
 
 
-@pytest.mark.parametrize("instruction", [None, RandomExemplar(1, 3, 32, POOL)], ids=["none", "random"])
+@pytest.mark.parametrize("instruction", [None, FORMS["random_exemplar"].make()], ids=["none", "random"])
 def test_nothing_learned_is_no_mistake(instruction, blank_exemplars, tmp_path, capsys):
     trainer = fit(instruction, blank_exemplars, tmp_path)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -199,7 +193,7 @@ def test_the_history_is_bounded_and_even():
 
 
 def test_a_run_that_says_how_long_it_is_keeps_so_many_moments(blank_exemplars, tmp_path):
-    fit(FORMS["extractor"](), blank_exemplars, tmp_path, LearnedInstructions(moments=3), max_steps=8)
+    fit(KINDS["extractor"](), blank_exemplars, tmp_path, LearnedInstructions(moments=3), max_steps=8)
     history = json.loads((tmp_path / "instructions.json").read_text())["history"]
     assert [moment["step"] for moment in history] == [0, 4, 8]
 
@@ -211,10 +205,10 @@ def test_a_resumed_run_has_the_same_history(form, blank_exemplars, tmp_path):
 
     options: dict[str, Any] = {"max_steps": 9, "enable_checkpointing": True}
     whole, resumed = (LearnedInstructions(moments=4) for _ in range(2))
-    fit(FORMS[form](), blank_exemplars, tmp_path, whole, saved("whole", 4), **options)
+    fit(KINDS[form](), blank_exemplars, tmp_path, whole, saved("whole", 4), **options)
     start = tmp_path / "whole" / "step=4.ckpt"
     (tmp_path / "resumed").mkdir()
-    fit(FORMS[form](), blank_exemplars, tmp_path, resumed, saved("resumed", 4), ckpt_path=start, **options)
+    fit(KINDS[form](), blank_exemplars, tmp_path, resumed, saved("resumed", 4), ckpt_path=start, **options)
     assert whole.state_dict() == resumed.state_dict()
     assert [moment["step"] for moment in whole.moments] == [0, 3, 6, 9]
     assert load(tmp_path / "whole" / "step=8.ckpt") == load(tmp_path / "resumed" / "step=8.ckpt")
@@ -225,13 +219,13 @@ def test_a_resumed_run_has_the_same_history(form, blank_exemplars, tmp_path):
 def test_a_fit_from_the_beginning_starts_a_new_history(blank_exemplars, tmp_path):
     callback = LearnedInstructions()
     for _ in range(2):
-        fit(FORMS["extractor"](), blank_exemplars, tmp_path, callback, max_steps=3)
+        fit(KINDS["extractor"](), blank_exemplars, tmp_path, callback, max_steps=3)
         assert [moment["step"] for moment in callback.moments] == [0, 1, 2, 3]
 
 
 def test_loggers_get_numbers_and_tensorboard_the_rest(blank_exemplars, tmp_path):
     loggers = [TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "table")]
-    fit(FORMS["embedder"](), blank_exemplars, tmp_path, logger=loggers, max_steps=3)
+    fit(KINDS["embedder"](), blank_exemplars, tmp_path, logger=loggers, max_steps=3)
     (folder,) = (tmp_path / "board" / "lightning_logs").iterdir()
     board = EventAccumulator(str(folder)).Reload()
     written = json.loads((folder / "instructions.json").read_text())
@@ -250,7 +244,7 @@ def test_two_processes_write_once_and_alike(blank_exemplars, tmp_path):
     written = []
     for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
         root = tmp_path / str(devices)
-        fit(FORMS["extractor"](), blank_exemplars, root, devices=devices, strategy=strategy, max_steps=3)
+        fit(KINDS["extractor"](), blank_exemplars, root, devices=devices, strategy=strategy, max_steps=3)
         written.append(json.loads((root / "instructions.json").read_text()))
     assert written[0]["history"][0] == written[1]["history"][0]
     assert [moment["step"] for moment in written[1]["history"]] == [0, 1, 2, 3]
@@ -332,7 +326,7 @@ def test_a_checkpoint_without_the_callback_shows_the_present(tmp_path, capsys):
 
 def test_the_command_shows_and_writes(blank_exemplars, tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "run.ckpt")
-    fit(FORMS["composition"](), blank_exemplars, tmp_path).save_checkpoint(path)
+    fit(KINDS["composition"](), blank_exemplars, tmp_path).save_checkpoint(path)
     capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["instructions", path]) == 0

@@ -10,13 +10,14 @@ from torch import nn
 from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.bilevel import BilevelProblem, Neumann
-from diopt_lightning.data.collate import Batch, pad
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
 from diopt_lightning.data.tasks import Example, Instance, Task
 from diopt_lightning.instructions import (
     CandidatePool,
     Definition,
+    Description,
     EmbedderDP,
     ExpectedLoss,
     ExtractorDP,
@@ -28,6 +29,7 @@ from diopt_lightning.instructions import (
     Vocabulary,
 )
 from tests.conftest import TINY_T5
+from tests.forms import INPUTS, batch_of
 from tests.helpers import prepend
 
 
@@ -53,16 +55,6 @@ def backbone(tokenizer):
     backbone = RandomSeq2Seq(dict(TINY_T5))
     backbone.build(tokenizer)
     return backbone
-
-
-def batch_of(tokenizer, texts: list[str], task: list[int]) -> Batch:
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    labels = pad([tokenizer(WORDS[index % 50])["input_ids"] for index in range(len(texts))], -100)
-    mask = pad([[1] * len(row) for row in ids], 0)
-    return Batch(pad(ids, 0), mask, labels, torch.tensor(task), torch.full((len(task),), 99))
-
-
-INPUTS = ["Now complete the following example -\nInput: wolf.\nOutput: ", "Input: sun sun sun.\nOutput: ", "wolf"]
 
 
 def test_a_chosen_exemplar_is_to_the_model_what_its_text_is(tokenizer, tasks, backbone):
@@ -222,14 +214,14 @@ def test_what_was_learned_can_be_read(tokenizer, tasks, backbone):
     embedder = EmbedderDP(length=2, init=Definition())
     embedder.build(tasks, tokenizer, backbone.embedding)
     described = embedder.describe(tokenizer, backbone.embedding)[0]
-    assert described == {"task": "task001", "nearest_tokens": WORDS[:2], "cosine": [1.0, 1.0]}
+    assert described == Description("task001", nearest_tokens=WORDS[:2], cosine=[1.0, 1.0])
     extractor = ExtractorDP(candidates=3, candidate_length=32)
     extractor.build(tasks, tokenizer, backbone.embedding)
     extractor.logits.data[1, 0, 2] = 1.0
-    slot = extractor.describe(tokenizer, backbone.embedding)[1]["slots"][0]
-    assert slot["candidate"] == 2
-    assert slot["probability"] == pytest.approx(torch.tensor([0.0, 0.0, 1.0]).softmax(0)[2].item(), abs=1e-4)
-    assert slot["exemplar"] == f"Input: {' '.join(WORDS[20:23])}.\n Output: {WORDS[22]}."
+    slot = extractor.describe(tokenizer, backbone.embedding)[1].slots[0]
+    assert slot.candidate == 2
+    assert slot.probability == pytest.approx(torch.tensor([0.0, 0.0, 1.0]).softmax(0)[2].item(), abs=1e-4)
+    assert slot.exemplar == f"Input: {' '.join(WORDS[20:23])}.\n Output: {WORDS[22]}."
 
 
 def test_candidates_are_positive_examples_then_instances(tasks):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -12,70 +11,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.bilevel import Chebyshev, Neumann
-from diopt_lightning.callbacks import RandomState, Results
-from diopt_lightning.data import BlankExemplars, BlankExemplarsDataModule, PromptFormat
+from diopt_lightning.bilevel import Chebyshev
+from diopt_lightning.callbacks import Results
+from diopt_lightning.data import BlankExemplarsDataModule, PromptFormat
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.instructions import (
-    Annealed,
     CandidatePool,
-    Composition,
-    Definition,
     EmbedderDP,
     EmbedderIC,
-    ExpectedLoss,
     ExtractorDP,
-    ExtractorIC,
-    GumbelStraightThrough,
-    Instruction,
     Linear,
-    Pooled,
-    RandomExemplar,
-    Soft,
-    StraightThrough,
     TaskWeights,
-    TokenWise,
-    Transformer,
 )
 from diopt_lightning.modules.evaluation import Prediction
 from tests.conftest import TINY_T5
+from tests.forms import FORMS, LEARNABLE
 from tests.helpers import quiet_trainer
+from tests.runs import data, moved, optimization
 
 POOL = CandidatePool(instances=False)
-LEARNABLE = {
-    "embedder": lambda: EmbedderDP(length=3),
-    "embedder_definition": lambda: EmbedderDP(length=3, init=Definition()),
-    "straight_through": lambda: ExtractorDP(2, 3, 32, POOL, StraightThrough()),
-    "soft": lambda: ExtractorDP(1, 3, 32, POOL, Soft()),
-    "expected_loss": lambda: ExtractorDP(1, 3, 32, POOL, ExpectedLoss()),
-    "instances_too": lambda: ExtractorDP(1, 8, 32),
-    "gumbel": lambda: ExtractorDP(2, 3, 32, POOL, GumbelStraightThrough(Annealed(2.0, 0.5, 4))),
-    "drawn_choices": lambda: ExtractorDP(2, 3, 32, POOL, ExpectedLoss(samples=3)),
-    "every_kind": lambda: ExtractorDP(1, 8, 32, CandidatePool(definitions=True), candidates_per_instance=4),
-    "embedder_ic": lambda: EmbedderIC(Linear(length=3)),
-    "embedder_ic_token_wise": lambda: EmbedderIC(TokenWise(max_length=16, relu=True)),
-    "embedder_ic_transformer": lambda: EmbedderIC(Linear(length=3, encoding=Transformer(heads=2))),
-    "extractor_ic": lambda: ExtractorIC(2, 3, 32, POOL),
-    "extractor_ic_expected_loss": lambda: ExtractorIC(1, 3, 32, POOL, ExpectedLoss(), Pooled(hidden=8)),
-    "task_weights": TaskWeights,
-    "composition": lambda: Composition([EmbedderDP(3), ExtractorDP(1, 3, 32, POOL, ExpectedLoss()), TaskWeights()]),
-}
-
-
-def data(experiment: BlankExemplars, root: Path, **options: Any) -> BlankExemplarsDataModule:
-    return BlankExemplarsDataModule(str(root), experiment, **({"batch_size": 4, "outer_batch_size": 4} | options))
-
-
-def optimization(instruction: Instruction) -> InstructionOptimization:
-    return InstructionOptimization(
-        RandomSeq2Seq(dict(TINY_T5)),
-        instruction,
-        hypergradient=Neumann(terms=1, step_size=1e-3),
-        inner_steps=2,
-        inner_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-        outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
-        max_new_tokens=3,
-    )
 
 
 def optimization_to_pickle() -> InstructionOptimization:
@@ -83,30 +37,10 @@ def optimization_to_pickle() -> InstructionOptimization:
     return InstructionOptimization(RandomSeq2Seq(dict(TINY_T5)), EmbedderDP(length=3), max_new_tokens=3)
 
 
-def moved(module: pl.LightningModule, experiment: BlankExemplars, root: Path, steps: int = 4) -> dict[str, float]:
-    """Train a little; return how far each part of the module has moved."""
-    before: dict[str, torch.Tensor] = {}
-
-    class Remember(pl.Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            before.update({name: value.detach().clone() for name, value in pl_module.named_parameters()})
-
-    quiet_trainer(max_steps=steps, limit_val_batches=0, callbacks=[Remember()]).fit(module, data(experiment, root))
-    distances = {name: (value - before[name]).norm().item() for name, value in module.named_parameters()}
-    return {part: sum(d for n, d in distances.items() if n.startswith(part)) for part in ("backbone", "instruction")}
-
-
-@pytest.mark.parametrize("form", LEARNABLE)
-def test_both_levels_learn(form, blank_exemplars, tmp_path):
-    distances = moved(optimization(LEARNABLE[form]()), blank_exemplars, tmp_path)
-    assert distances["backbone"] > 0
-    assert distances["instruction"] > 0
-
-
-@pytest.mark.parametrize("form", [*LEARNABLE, "none", "random"])
+@pytest.mark.parametrize("form", [*FORMS, "none"])
 def test_baselines_learn_what_they_have(form, blank_exemplars, tmp_path):
-    made = {"none": lambda: None, "random": lambda: RandomExemplar(1, 3, 32, POOL)} | LEARNABLE
-    module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), made[form](), max_new_tokens=3)
+    instruction = FORMS[form].make() if form in FORMS else None
+    module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), instruction, max_new_tokens=3)
     distances = moved(module, blank_exemplars, tmp_path)
     assert distances["backbone"] > 0
     assert (distances["instruction"] > 0) == (form in LEARNABLE)
@@ -146,29 +80,6 @@ def test_dev_and_test_tasks_are_evaluated_with_human_written_instructions(blank_
     assert again == written
 
 
-@pytest.mark.parametrize("form", LEARNABLE)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(form, blank_exemplars, tmp_path):
-    def fit(name: str, **options: Any) -> dict[str, Any]:
-        torch.manual_seed(0)
-        module = optimization(LEARNABLE[form]())
-        checkpoint = ModelCheckpoint(tmp_path / name, every_n_train_steps=3, save_top_k=-1, filename="{step}")
-        trainer = quiet_trainer(
-            max_steps=options.pop("max_steps"),
-            limit_val_batches=0,
-            enable_checkpointing=True,
-            callbacks=[checkpoint, RandomState()],
-        )
-        trainer.fit(module, data(blank_exemplars, tmp_path), **options)
-        return module.state_dict()
-
-    whole = fit("whole", max_steps=6)
-    fit("first", max_steps=3)
-    resumed = fit("second", max_steps=6, ckpt_path=tmp_path / "first" / "step=3.ckpt", weights_only=True)
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]) if isinstance(value, torch.Tensor) else value == resumed[name], name
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -206,22 +117,6 @@ def test_a_checkpoint_of_other_tasks_or_of_another_estimator_is_refused_by_name(
         quiet_trainer(max_steps=4).fit(
             optimization(EmbedderDP(length=3)), data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "changed.ckpt"
         )
-
-
-class EqualOnAllProcesses(pl.Callback):
-    """Fails the run if what was learned is not bitwise equal on all processes at its end."""
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, parameter in pl_module.named_parameters():
-            gathered = pl_module.all_gather(parameter.detach())
-            assert torch.equal(gathered[0], gathered[1]), name
-
-
-@pytest.mark.parametrize("form", LEARNABLE)
-def test_every_form_trains_on_two_processes(form, blank_exemplars, tmp_path):
-    quiet_trainer(
-        max_steps=4, devices=2, strategy="ddp_fork", limit_val_batches=0, callbacks=[EqualOnAllProcesses()]
-    ).fit(optimization(LEARNABLE[form]()), data(blank_exemplars, tmp_path))
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])

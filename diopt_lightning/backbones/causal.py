@@ -5,17 +5,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.inner_parameters import InnerParameters
-from diopt_lightning.backbones.models import check_config, pretrained_model, random_model
+from diopt_lightning.backbones.random_weights import RandomWeights
 from diopt_lightning.backbones.rows import compact, insert, token_losses
 from diopt_lightning.backbones.transformer import TransformersBackbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.text_format import TextFormat, causal_format, chat_format
 from diopt_lightning.instructions.base import InstructionEmbeddings
-
-FAMILY = "a causal model"
 
 
 class Causal(TransformersBackbone):
@@ -30,33 +27,19 @@ class Causal(TransformersBackbone):
         pretrained: Name on the hub, or folder, of a pretrained model, e.g. ``HuggingFaceTB/SmolLM2-135M``.
         chat_template: Close prompts by the tokenizer's chat template, the source as the user's turn and the target as
             the assistant's; for models that were tuned to chat. Default: no, the target goes on behind ``Output:``.
-        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
-        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again, in
-            first and in second derivatives: much less memory for a longer step.
-        compile: Compile the model by ``torch.compile``, for inner steps and everything else that takes first
-            derivatives. Exact second derivatives run it uncompiled.
+        options: As of every :class:`TransformersBackbone`.
 
     Example:
         >>> backbone = Causal("HuggingFaceTB/SmolLM2-135M-Instruct", chat_template=True)  # loaded when training starts
     """
 
     is_encoder_decoder = False
+    auto_class = AutoModelForCausalLM
+    family = "a causal model"
 
-    def __init__(
-        self,
-        pretrained: str,
-        chat_template: bool = False,
-        inner_parameters: InnerParameters | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(pretrained, inner_parameters, activation_checkpointing, compile)
+    def __init__(self, pretrained: str, chat_template: bool = False, **options: Any) -> None:
+        super().__init__(pretrained, **options)
         self.chat_template = chat_template
-
-    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Load the model; see :class:`TransformersBackbone`."""
-        # In float32 whatever the file holds: Lightning's precision decides what is computed in.
-        return pretrained_model(AutoModelForCausalLM, self.name, dtype or torch.float32, FAMILY)
 
     def text_format(self, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
         """The target goes on from the source, or answers it; see :class:`Backbone`."""
@@ -116,46 +99,9 @@ class Causal(TransformersBackbone):
         return insert(instruction, embeddings, batch.attention_mask, self._before)
 
 
-class RandomCausal(Causal):
+class RandomCausal(RandomWeights, Causal):
     """An ``AutoModelForCausalLM`` with random weights, made from a configuration.
-
-    Args:
-        config: ``model_type`` and its options, e.g. ``{"model_type": "llama", "hidden_size": 64}``; others are the
-            defaults of that type. The vocabulary's size and the special tokens are the tokenizer's unless given.
-        chat_template: Close prompts by the tokenizer's chat template.
-        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
-        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
-        compile: Compile the model by ``torch.compile`` for everything that takes first derivatives.
-
-    Raises:
-        ConfigurationError: If there is no ``model_type``.
 
     Example:
         >>> backbone = RandomCausal({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2})
     """
-
-    is_pretrained = False
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        chat_template: bool = False,
-        inner_parameters: InnerParameters | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        check_config(config)
-        name = f"random {config['model_type']}"
-        super().__init__(name, chat_template, inner_parameters, activation_checkpointing, compile)
-        self.options = config
-
-    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Make the model from the configuration; see :class:`TransformersBackbone`."""
-        options = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            **self.options,
-        }
-        return random_model(AutoModelForCausalLM, options, dtype, "causal model")

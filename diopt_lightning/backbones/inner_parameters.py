@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 BaseDtype = Literal["float32", "bfloat16"]
 
@@ -81,8 +81,7 @@ class LastLayers(InnerParameters):
     """
 
     def __init__(self, layers: int = 1) -> None:
-        if layers < 1:
-            raise ConfigurationError(f"`layers` of LastLayers must be 1 or more, got {layers}.")
+        require_at_least(1, of="LastLayers", layers=layers)
         self.layers = layers
 
     def choose(self, model: PreTrainedModel) -> nn.Module:
@@ -176,8 +175,7 @@ class LoRA(Adapter):
         target_modules: list[str] | str | None = None,
         base_dtype: BaseDtype | None = None,
     ) -> None:
-        if rank < 1:
-            raise ConfigurationError(f"`rank` of LoRA must be 1 or more, got {rank}.")
+        require_at_least(1, of="LoRA", rank=rank)
         config = {
             "peft_type": "LORA",
             "r": rank,

@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.inner_parameters import InnerParameters
-from diopt_lightning.backbones.models import check_config, pretrained_model, random_model
+from diopt_lightning.backbones.random_weights import RandomWeights
 from diopt_lightning.backbones.rows import compact, insert, token_losses
 from diopt_lightning.backbones.transformer import TransformersBackbone
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import InstructionEmbeddings
-
-FAMILY = "an encoder-decoder model"
 
 
 class Seq2Seq(TransformersBackbone):
@@ -28,31 +25,18 @@ class Seq2Seq(TransformersBackbone):
 
     Args:
         pretrained: Name on the hub, or folder, of a pretrained model, e.g. ``google/t5-base-lm-adapt``.
-        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
-        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again, in
-            first and in second derivatives: much less memory for a longer step.
-        compile: Compile the model by ``torch.compile``, for inner steps and everything else that takes first
-            derivatives. Exact second derivatives run it uncompiled.
+        options: As of every :class:`TransformersBackbone`.
 
     Example:
         >>> backbone = Seq2Seq("google/t5-base-lm-adapt")  # loaded when training starts
     """
 
     is_encoder_decoder = True
+    auto_class = AutoModelForSeq2SeqLM
+    family = "an encoder-decoder model"
 
-    def __init__(
-        self,
-        pretrained: str,
-        inner_parameters: InnerParameters | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(pretrained, inner_parameters, activation_checkpointing, compile)
-
-    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Load the model; see :class:`TransformersBackbone`."""
-        # In float32 whatever the file holds: Lightning's precision decides what is computed in.
-        return pretrained_model(AutoModelForSeq2SeqLM, self.name, dtype or torch.float32, FAMILY)
+    def __init__(self, pretrained: str, **options: Any) -> None:
+        super().__init__(pretrained, **options)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check the vocabulary, and the tokens that the model itself pads and ends with."""
@@ -108,44 +92,9 @@ class Seq2Seq(TransformersBackbone):
         return embeddings, mask
 
 
-class RandomSeq2Seq(Seq2Seq):
+class RandomSeq2Seq(RandomWeights, Seq2Seq):
     """An ``AutoModelForSeq2SeqLM`` with random weights, made from a configuration.
-
-    Args:
-        config: ``model_type`` and its options, e.g. ``{"model_type": "t5", "d_model": 64}``; others are the defaults of
-            that type. The vocabulary's size and the special tokens are the tokenizer's unless given.
-        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
-        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
-        compile: Compile the model by ``torch.compile`` for everything that takes first derivatives.
-
-    Raises:
-        ConfigurationError: If there is no ``model_type``.
 
     Example:
         >>> backbone = RandomSeq2Seq({"model_type": "t5", "d_model": 64, "num_layers": 2})
     """
-
-    is_pretrained = False
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        inner_parameters: InnerParameters | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        check_config(config)
-        super().__init__(f"random {config['model_type']}", inner_parameters, activation_checkpointing, compile)
-        self.options = config
-
-    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Make the model from the configuration; see :class:`TransformersBackbone`."""
-        options = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            # The decoder begins with the pad token, as in T5.
-            "decoder_start_token_id": tokenizer.pad_token_id,
-            **self.options,
-        }
-        return random_model(AutoModelForSeq2SeqLM, options, dtype, "encoder-decoder model")

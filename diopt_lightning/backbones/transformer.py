@@ -1,6 +1,5 @@
 """What the families of transformers' models share: how a model is made."""
 
-from abc import abstractmethod
 from typing import Any, cast
 
 import torch
@@ -20,21 +19,31 @@ class TransformersBackbone(Backbone):
     switches it for that step alone.
 
     Args:
-        name: What the model is, for messages.
-        inner_parameters: Chooses theta among the model's parameters. Default: all.
-        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again.
-        compile: Compile the model, for what takes first derivatives; exact second ones run it as it is.
+        name: Name on the hub, or folder, of the model; what it is made of where it is drawn.
+        inner_parameters: Chooses theta among the model's parameters, or adds adapters. Default: all.
+        activation_checkpointing: Keep the activations at the borders of layers alone and compute the others again, in
+            first and in second derivatives: much less memory for a longer step.
+        compile: Compile the model by ``torch.compile``, for inner steps and everything else that takes first
+            derivatives. Exact second derivatives run it uncompiled.
 
     Attributes:
         model: The model, with adapters if there are any; there is none before :meth:`build`.
+        auto_class: The class of transformers that loads or draws it.
+        family: What such a model is called, with its article.
         is_pretrained: Whether the model is loaded, and not drawn.
     """
 
     model: nn.Module
+    auto_class: Any
+    family: str
     is_pretrained = True
 
     def __init__(
-        self, name: str, inner_parameters: InnerParameters | None, activation_checkpointing: bool, compile: bool
+        self,
+        name: str,
+        inner_parameters: InnerParameters | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -52,13 +61,21 @@ class TransformersBackbone(Backbone):
         """The model's configuration."""
         return cast(Any, self.model).config
 
-    @abstractmethod
     def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
         """Load the model, or draw its weights, in this precision or that of the run.
 
         Raises:
             ConfigurationError: If that cannot be done.
         """
+        # In float32 whatever the file holds: Lightning's precision decides what is computed in.
+        try:
+            model: PreTrainedModel = self.auto_class.from_pretrained(self.name, dtype=dtype or torch.float32)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"Cannot load `{self.name}` as {self.family}: it is neither a folder with one nor a name "
+                f"on the hub that can be reached ({str(error).strip().splitlines()[0]})."
+            ) from error
+        return model
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the model and check that it fits the tokenizer; see :class:`Backbone`."""
@@ -71,7 +88,6 @@ class TransformersBackbone(Backbone):
         self.model = (choice.choose(model) if choice is not None else model).train()
         if self.activation_checkpointing:
             # Not transformers' own way, which keeps all activations in evaluation mode, where hypergradients compute.
-
             for layer in transformer_layers(self.model):
                 checkpoint_activations(layer)
         if self.compile_model:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.synthetic import BLANK
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions import ExtractorDP, ExtractorIC
-from diopt_lightning.instructions.base import Embed
+from diopt_lightning.instructions import Extractor, ExtractorDP, ExtractorIC
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
 
@@ -37,25 +37,18 @@ class ExemplarsFound(Callback):
     ) -> None:
         """Log the share."""
         assert isinstance(pl_module, InstructionEvaluation)
-        extractor = pl_module.instruction
+        extractor, batch = pl_module.instruction, batch["inner"]
         if isinstance(extractor, ExtractorDP):
-            found = exemplars_found(extractor)
+            choices = extractor.probabilities()[:, 0].argmax(dim=-1)
+            found = exemplars_found(extractor, torch.arange(len(choices)), choices)
         else:
             assert isinstance(extractor, ExtractorIC)
-            found = exemplars_found_for(extractor, batch["inner"], pl_module.backbone.embed)
+            choices = extractor.choices(batch, pl_module.backbone.embed)[:, 0]
+            found = exemplars_found(extractor, batch.task, choices)
         pl_module.log("exemplars_found", found, prog_bar=True)
 
 
-def exemplars_found(extractor: ExtractorDP) -> float:
-    """Share of tasks whose most likely exemplar is not blank."""
-    chosen = extractor.probabilities()[:, 0].argmax(dim=-1).tolist()
-    found = [BLANK not in texts[choice] for texts, choice in zip(extractor.candidate_texts, chosen, strict=True)]
-    return sum(found) / len(found)
-
-
-def exemplars_found_for(extractor: ExtractorIC, batch: Batch, embed: Embed) -> float:
-    """Share of a batch's instances whose most likely exemplar is not blank."""
-    chosen = extractor.choices(batch, embed)[:, 0].tolist()
-    tasks = batch.task.tolist()
-    found = [BLANK not in extractor.candidate_texts[task][choice] for task, choice in zip(tasks, chosen, strict=True)]
-    return sum(found) / len(found)
+def exemplars_found(extractor: Extractor, tasks: Tensor, choices: Tensor) -> float:
+    """Share of choices for these tasks that are not blank."""
+    texts = [extractor.candidate_texts[t][c] for t, c in zip(tasks.tolist(), choices.tolist(), strict=True)]
+    return sum(BLANK not in text for text in texts) / len(texts)

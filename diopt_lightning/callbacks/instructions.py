@@ -1,6 +1,5 @@
 """What a run learned about instructions, kept while it trains and left behind when it ends."""
 
-import io
 import math
 from typing import Any, TypeGuard
 
@@ -8,15 +7,15 @@ import lightning.pytorch as pl
 import numpy
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
-from diopt_lightning.callbacks.results import results_folder, write_json
+from diopt_lightning.callbacks.results import results_folder
 from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
 from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
-from diopt_lightning.inspection.report import in_order, kept
+from diopt_lightning.inspection.report import as_json, in_order
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
@@ -78,19 +77,18 @@ class LearnedInstructions(pl.Callback):
         data = in_order(pl_module.describe_instruction() | self.report(trainer, pl_module))
         if not trainer.is_global_zero:
             return
-        write_json(folder / "instructions.json", data)
+        (folder / "instructions.json").write_text(as_json(data), encoding="utf-8")
         report = Report.of(data)
         (folder / "instructions.html").write_text(page(report), encoding="utf-8")
-        drawn = io.BytesIO()
         figure = picture(report)
         if figure is not None:
-            figure.savefig(drawn, format="png")
-            (folder / "instructions.png").write_bytes(drawn.getvalue())
+            canvas = FigureCanvasAgg(figure)
+            figure.savefig(folder / "instructions.png", format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("instructions", markdown(report), trainer.global_step)
                 if figure is not None:  # not `add_figure`, which would draw it a second time
-                    pixels = numpy.asarray(Image.open(drawn).convert("RGB"))
+                    pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
                     logger.experiment.add_image("instructions", pixels, trainer.global_step, dataformats="HWC")
 
     def on_save_checkpoint(
@@ -107,7 +105,7 @@ class LearnedInstructions(pl.Callback):
         if vectors is not None:
             learned, human, share = two_dimensional(*vectors)
             coordinates = {"learned": rounded(learned), "human": rounded(human), "share": [round(s, 4) for s in share]}
-            diversity = {**numbers(*vectors), "picture": coordinates}
+            diversity = {**measures(*vectors), "picture": coordinates}
         return {"step": trainer.global_step, "history": list(self.moments), "diversity": diversity}
 
     def _keep(self, trainer: pl.Trainer, module: InstructionEvaluation) -> None:
@@ -116,11 +114,11 @@ class LearnedInstructions(pl.Callback):
         moment: dict[str, Any] = {"step": trainer.global_step, "learned": [], "diversity": None}
         # Describing a soft instruction compares it with the whole vocabulary, and leaves nothing to keep.
         if not self.moments or self.moments[0]["learned"]:
-            found = [kept(entry) for entry in module.learned()]
-            moment["learned"] = found if any(found) else []
+            numbers = [description.numbers() for description in module.learned()]
+            moment["learned"] = numbers if any(numbers) else []
         vectors = self._vectors(module)
         if vectors is not None:
-            moment["diversity"] = numbers(*vectors)
+            moment["diversity"] = measures(*vectors)
             for logger in trainer.loggers:
                 logged = {f"instructions/{name}": value for name, value in moment["diversity"]["learned"].items()}
                 logger.log_metrics(logged, step=trainer.global_step)
@@ -154,7 +152,7 @@ def learns(module: pl.LightningModule) -> TypeGuard[InstructionEvaluation]:
     return isinstance(module, InstructionEvaluation) and module.instruction is not None
 
 
-def numbers(learned: Tensor, human: Tensor) -> dict[str, dict[str, float]]:
+def measures(learned: Tensor, human: Tensor) -> dict[str, dict[str, float]]:
     """The diversity of both."""
     return {"learned": measure(learned), "human": measure(human)}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from diopt_lightning.callbacks.figures import draw_losses
+from diopt_lightning.inspection.report import as_json
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction
 from diopt_lightning.resuming.processes import of_all_processes
@@ -87,7 +87,7 @@ class Results(Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         scores = pl_module.scores["test"].items()
         details = {f"test/{name}": value for name, value in scores if not name.endswith("/all")}
-        write_json(folder / "metrics.json", {**metrics, **details})
+        (folder / "metrics.json").write_text(as_json({**metrics, **details}), encoding="utf-8")
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
     def _write_predictions(self, trainer: Trainer, folder: Path) -> int:
@@ -131,9 +131,3 @@ def results_folder(trainer: Trainer) -> Path:
 def dev_metrics(trainer: Trainer) -> dict[str, Tensor]:
     """The metrics of the last evaluation of dev tasks."""
     return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("dev/")}
-
-
-@rank_zero_only
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

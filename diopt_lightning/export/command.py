@@ -1,8 +1,7 @@
 """The command ``diopt export``."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from diopt_lightning.export.adapter import export_adapter
 from diopt_lightning.export.embeddings import export_embeddings
 from diopt_lightning.export.model import export_model, plain_model
 from diopt_lightning.export.saved import SavedRun
-from diopt_lightning.export.text import export_text, learned_parts
+from diopt_lightning.export.text import export_text
 
 
 def export(
@@ -59,20 +58,15 @@ def _export_model(saved: SavedRun, folder: Path) -> None:
 
 
 def _export_text(saved: SavedRun, folder: Path, names: list[str]) -> None:
-    rows = [row for row in saved.instruction["learned"] if row["task"] in names]
-    tokenizer = saved.modules[1].tokenizer if any(map(_soft, rows)) else None
+    learned = [description for description in saved.learned if description.task in names]
+    tokenizer = saved.modules[1].tokenizer if any(description.is_soft for description in learned) else None
     root = saved.data if saved.data is not None else saved.modules[1].root
-    export_text(root, folder, rows, saved.instruction["form"], tokenizer)
-
-
-def _soft(row: Mapping[str, Any]) -> bool:
-    """Whether a soft instruction was learned for a task, alone or beside others."""
-    return any("nearest_tokens" in part for part in learned_parts(row))
+    export_text(root, folder, learned, saved.instruction["form"], tokenizer)
 
 
 def _export_vectors(saved: SavedRun, folder: Path, names: list[str], adapter: bool) -> None:
     form, backbone = saved.instruction["form"], saved.instruction["backbone"]
-    if adapter and not all(map(_soft, saved.instruction["learned"])):
+    if adapter and not all(description.is_soft for description in saved.learned):
         raise ConfigurationError(
             f"An adapter holds the soft instruction of a task, and {form} has none: export another `format` (`text` "
             "where exemplars were chosen)."

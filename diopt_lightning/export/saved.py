@@ -14,6 +14,7 @@ from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.embeddings import instruction_embeddings
+from diopt_lightning.instructions.description import Description
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.rebuilding import instantiate
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
@@ -64,6 +65,12 @@ class SavedRun:
             )
         return cast(Mapping[str, Any], found)
 
+    @property
+    def learned(self) -> list[Description]:
+        """What was learned for each train task."""
+        form = self.instruction["form"]
+        return [Description.from_plain_data(row, form) for row in self.instruction["learned"]]
+
     def choose(self, patterns: str | None) -> list[str]:
         """The tasks that match, or all; see :func:`~diopt_lightning.data.tasks.matching_tasks`."""
         tasks: list[str] = self.instruction["tasks"]
@@ -111,8 +118,8 @@ class SavedRun:
 
     def embeddings(self) -> dict[str, Tensor]:
         """The instruction of each task ``(length, dim)``."""
-        weight = self.state.get("instruction.weight")
-        if self.instruction["form"] == "EmbedderDP" and weight is not None:
+        weight = self.state.get(self.content.get("task_embeddings", ""))
+        if weight is not None:  # the instruction said that it is its embeddings as they are
             return dict(zip(self.instruction["tasks"], weight, strict=True))
         module, data = self.modules
         names = [task.name for task in data.split_tasks("train")]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.tasks import read_task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.folder import new_folder
+from diopt_lightning.instructions.description import Description
 
-# Forms whose description is about one instance, and would be a wrong definition of its task.
-READ_BY_INSTANCE = ("EmbedderIC",)
-# Forms whose choice for a task as a whole is only the commonest of those that they make for its instances.
-BY_INSTANCE = ("ExtractorIC",)
 # Where a candidate of each kind stands in a task file.
 FIELDS = {"Positive": "Positive Examples", "Negative": "Negative Examples", "Definition": "Definition"}
 
@@ -23,7 +20,7 @@ FIELDS = {"Positive": "Positive Examples", "Negative": "Negative Examples", "Def
 def export_text(
     root: Path,
     folder: Path,
-    learned: Sequence[Mapping[str, Any]],
+    learned: Sequence[Description],
     form: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
@@ -57,10 +54,11 @@ def export_text(
         if folder.resolve().is_relative_to((root / part).resolve()):
             raise ConfigurationError(f"The folder {folder} is within {root / part}, which is copied: give another one.")
     written = {}
-    for row in learned:
-        path = root / "tasks" / f"{row['task']}.json"
+    for description in learned:
+        path = root / "tasks" / f"{description.task}.json"
         read_task(path, root)  # says what is wrong with the file
-        written[path.name] = _with_instruction(json.loads(path.read_text(encoding="utf-8")), row, form, tokenizer)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        written[path.name] = _with_instruction(document, description, form, tokenizer)
     new_folder(folder)
     for part in ("tasks", "splits"):
         # Without permissions: a copy of read-only data can be written to.
@@ -71,40 +69,31 @@ def export_text(
 
 
 def _with_instruction(
-    document: dict[str, Any], row: Mapping[str, Any], form: str, tokenizer: PreTrainedTokenizerBase | None
+    document: dict[str, Any], description: Description, form: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     """A task's document with its learned instruction."""
     first: dict[str, list[Any]] = {field: [] for field in FIELDS.values()}
     parts: list[dict[str, Any]] = []
     lossy = False
-    for part in learned_parts(row):
-        if "slots" in part:
-            for slot in part["slots"]:
-                kind = slot.get("kind", "Positive")
-                example = {field: slot[field] for field in ("input", "output", "explanation")}
-                first[FIELDS[kind]].append(example["input"] if kind == "Definition" else example)
-            choices = [{name: slot[name] for name in ("candidate", "probability")} for slot in part["slots"]]
-            parts.append({"slots": choices})
-            lossy |= part.get("form", form) in BY_INSTANCE
-        elif "nearest_tokens" in part and part.get("form", form) not in READ_BY_INSTANCE:
-            first["Definition"].append(_reading(part["nearest_tokens"], tokenizer))
-            parts.append({"cosine": part["cosine"]})
+    for part in description.walk():
+        if part.slots:
+            for slot in part.slots:
+                example = {"input": slot.input, "output": slot.output, "explanation": slot.explanation}
+                first[FIELDS[slot.kind]].append(slot.input if slot.kind == "Definition" else example)
+            parts.append({"slots": part.numbers()["slots"]})
+            lossy |= part.of_instance
+        elif part.nearest_tokens and not part.of_instance:  # one instance's tokens would be a wrong definition
+            first["Definition"].append(_reading(part.nearest_tokens, tokenizer))
+            parts.append({"cosine": part.cosine})
             lossy = True
     if not parts:
         raise ConfigurationError(
-            f"{form} has no text for the task `{row['task']}` as a whole: it chose no exemplar for it and has no soft "
-            "instruction of it. Export the model instead (`format: model`)."
+            f"{form} has no text for the task `{description.task}` as a whole: it chose no exemplar for it and has no "
+            "soft instruction of it. Export the model instead (`format: model`)."
         )
     made = {"form": form, "lossy": lossy, "parts": parts}
     written = {field: _before(entries, document[field]) for field, entries in first.items() if entries}
     return {**document, **written, "diopt_lightning": made}
-
-
-def learned_parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What was learned for a task, one entry for each part of a composition."""
-    if "parts" not in row:
-        return [row]
-    return [part for entry in row["parts"] for part in learned_parts(entry)]
 
 
 def _before(entries: list[Any], annotated: Any) -> list[Any]:

@@ -1,16 +1,14 @@
 """``diopt instructions``."""
 
 import sys
-from json import dumps
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection.page import page
 from diopt_lightning.inspection.picture import picture
-from diopt_lightning.inspection.report import Report, load, select
+from diopt_lightning.inspection.report import Report, as_json, load, select
 from diopt_lightning.inspection.terminal import show
 
 
@@ -54,11 +52,6 @@ def instructions(
         figure.savefig(png, format="png")
     if json is html is png is None:
         show(report, Console())
-
-
-def as_json(data: dict[str, Any]) -> str:
-    """The plain data as indented JSON."""
-    return dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def write(path: Path, text: str) -> None:

@@ -67,9 +67,9 @@ def plane(report: Report) -> str:
     if not report.points:
         return ""
     width, height, margin = 640, 400, 16
-    every = [point for pair in report.points for point in pair]
-    low = [min(point[axis] for point in every) for axis in (0, 1)]
-    size = [max(point[axis] for point in every) - low[axis] for axis in (0, 1)]
+    points = [point for pair in report.points for point in pair]
+    low = [min(point[axis] for point in points) for axis in (0, 1)]
+    size = [max(point[axis] for point in points) - low[axis] for axis in (0, 1)]
     room = (width - 2 * margin, height - 2 * margin)
     # One scale for both axes, so that distances can be compared.
     scale = min((room[axis] / size[axis] for axis in (0, 1) if size[axis] > 0), default=0.0)

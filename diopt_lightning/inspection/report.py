@@ -4,7 +4,7 @@ The plain data is what a run writes to ``instructions.json`` and what a checkpoi
 
 - ``form``, ``backbone``, ``encoder_decoder``: the instruction's class, the model's name, and whether it is such a model
 - ``tasks``: names of the train tasks
-- ``learned``: for each task what :meth:`~diopt_lightning.instructions.Instruction.describe` says of it
+- ``learned``: for each task what :meth:`~diopt_lightning.instructions.Instruction.describe` says of it, as plain data
 - ``step``: inner steps that had been taken
 - ``history``: for some moments of the training ``step``, ``learned`` (numbers alone) and ``diversity`` (likewise)
 - ``diversity``: of ``learned`` instructions and of ``human`` definitions the mean cosine distance and the effective
@@ -14,18 +14,19 @@ The last three come from the callback :class:`~diopt_lightning.callbacks.Learned
 may anything that a form of instruction does not say of a task.
 """
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 
 MEASURES = {"mean_cosine_distance": "mean pairwise cosine distance", "effective_rank": "effective rank"}
-KEPT = ("candidate", "probability", "weight")
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,18 @@ class Report:
     @classmethod
     def of(cls, data: dict[str, Any]) -> Self:
         """Read plain data."""
-        history = moments(data)
+        history, form = moments(data), str(data.get("form", "instruction"))
+        past = [(moment["step"], descriptions(moment, form)) for moment in history if moment.get("learned")]
         measured = [(moment["step"], moment["diversity"]) for moment in history if moment.get("diversity")]
         plane = (data.get("diversity") or {}).get("picture") or {"learned": [], "human": [], "share": [0.0, 0.0]}
         return cls(
-            form=str(data.get("form", "instruction")),
+            form=form,
             backbone=str(data.get("backbone", "")),
             step=data.get("step"),
-            tasks=[task_report(data, history, index) for index in range(len(data["learned"]))],
+            tasks=[
+                task_report(str(data["tasks"][row]), learned, [(step, then[row]) for step, then in past])
+                for row, learned in enumerate(descriptions(data, form))
+            ],
             diversity=[(step, numbers["learned"], numbers["human"]) for step, numbers in measured],
             points=[
                 ((one[0], one[1]), (other[0], other[1]))
@@ -116,65 +121,38 @@ class Report:
         )
 
 
-def task_report(data: dict[str, Any], history: Sequence[dict[str, Any]], index: int) -> TaskReport:
-    """Read what plain data says of a task."""
-    learned = data["learned"][index]
-    past = [(moment["step"], moment["learned"][index]) for moment in history if moment.get("learned")]
+def descriptions(data: Mapping[str, Any], form: str) -> list[Description]:
+    """What plain data of a form has under ``learned``, as records."""
+    return [Description.from_plain_data(row, form) for row in data["learned"]]
+
+
+def task_report(name: str, learned: Description, past: Sequence[tuple[int, Description]]) -> TaskReport:
+    """Put what was learned for a task together with what had been at some steps."""
+    past_slots = [(step, slots_of(then)) for step, then in past]
     choices = []
-    for position, slot in enumerate(slots(learned)):
-        there = [(step, slots(entry)[position]) for step, entry in past if position < len(slots(entry))]
-        found = [(step, int(then["candidate"]), float(then["probability"])) for step, then in there]
-        choices.append(Choice(int(slot["candidate"]), float(slot["probability"]), str(slot.get("exemplar", "")), found))
-    weights = [(step, weight(entry)) for step, entry in past]
+    for position, slot in enumerate(slots_of(learned)):
+        there = [(step, slots[position]) for step, slots in past_slots if position < len(slots)]
+        history = [(step, then.candidate, then.probability) for step, then in there]
+        choices.append(Choice(slot.candidate, slot.probability, slot.exemplar, history))
+    weights = [(step, weight_of(then)) for step, then in past]
     return TaskReport(
-        name=str(learned.get("task", data["tasks"][index])),
+        name=name,
         choices=choices,
-        tokens=[
-            (str(token), float(cosine))
-            for section in sections(learned)
-            for token, cosine in zip(section.get("nearest_tokens", []), section.get("cosine", []), strict=True)
-        ],
-        weight=weight(learned),
-        weights=[(step, value) for step, value in weights if value is not None],
+        tokens=[pair for each in learned.walk() for pair in zip(each.nearest_tokens, each.cosine, strict=True)],
+        weight=weight_of(learned),
+        weights=[(step, weight) for step, weight in weights if weight is not None],
     )
 
 
-def sections(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is said of a task, and by each part of a composition.
-
-    Example:
-        >>> list(sections({"task": "t", "parts": [{"weight": 1.0}, {"slots": []}]}))[1:]
-        [{'weight': 1.0}, {'slots': []}]
-    """
-    yield entry
-    for part in entry.get("parts", []):
-        yield from sections(part)
-
-
-def slots(entry: dict[str, Any]) -> list[dict[str, Any]]:
+def slots_of(description: Description) -> list[ChosenExemplar]:
     """The slots of all parts that have a choice."""
-    found = [slot for section in sections(entry) for slot in section.get("slots", [])]
-    return [slot for slot in found if "candidate" in slot and "probability" in slot]
+    return [slot for each in description.walk() for slot in each.slots]
 
 
-def weight(entry: dict[str, Any]) -> float | None:
+def weight_of(description: Description) -> float | None:
     """The product of the weights of all parts, or ``None`` where none has one."""
-    found = [float(section["weight"]) for section in sections(entry) if "weight" in section]
+    found = [each.weight for each in description.walk() if each.weight is not None]
     return math.prod(found) if found else None
-
-
-def kept(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of a moment: numbers of choices and weights, in the same places.
-
-    Example:
-        >>> kept({"task": "t", "slots": [{"candidate": 1, "probability": 0.5, "exemplar": "..."}], "cosine": [0.1]})
-        {'slots': [{'candidate': 1, 'probability': 0.5}]}
-    """
-    found: dict[str, Any] = {name: entry[name] for name in KEPT if name in entry}
-    for name in ("slots", "parts"):
-        if any(kept(each) for each in entry.get(name, [])):
-            found[name] = [kept(each) for each in entry[name]]
-    return found
 
 
 def moments(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,10 +182,15 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def in_order(data: dict[str, Any]) -> dict[str, Any]:
-    """The same with what is read first before what is long."""
+    """Sort the entries of plain data: names and numbers first, and long lists after them."""
     names = ("form", "backbone", "encoder_decoder", "step", "tasks", "learned", "diversity")
     first = [name for name in names if name in data]
     return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
+
+
+def as_json(data: Any) -> str:
+    """Plain data as the indented JSON of a file."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def select(data: dict[str, Any], patterns: str) -> dict[str, Any]:

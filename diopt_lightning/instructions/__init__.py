@@ -4,6 +4,7 @@ from diopt_lightning.instructions.base import Alternatives, Instruction, Instruc
 from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.composition import Composition
 from diopt_lightning.instructions.conversion import Conversion, Encoding, Linear, Pooled, TokenWise, Transformer
+from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.instructions.embedder import EmbedderDP
 from diopt_lightning.instructions.embedder_ic import EmbedderIC
 from diopt_lightning.instructions.extractor import Extractor, RandomExemplar
@@ -32,9 +33,11 @@ __all__ = [
     "Alternatives",
     "Annealed",
     "CandidatePool",
+    "ChosenExemplar",
     "Composition",
     "Conversion",
     "Definition",
+    "Description",
     "EmbedderDP",
     "EmbedderIC",
     "Encoding",

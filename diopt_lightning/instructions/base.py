@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.description import Description
 
 Embed = Callable[[Tensor], Tensor]
 """The backbone's input embedding: ids ``(...)`` to vectors ``(..., dim)``."""
@@ -65,6 +66,11 @@ class Instruction(nn.Module, ABC):
         return False
 
     @property
+    def task_parameter(self) -> str | None:
+        """Name of the parameter whose rows are :meth:`task_embeddings`, if it has one: a checkpoint is enough then."""
+        return None
+
+    @property
     def has_a_row_for_each_task(self) -> bool:
         """Whether parameters belong to single train tasks, so that they mean nothing for another list of tasks."""
         return True
@@ -92,19 +98,19 @@ class Instruction(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply what moves or converts parameters, but never round them to half precision."""
 
-        def kept(tensor: Tensor) -> Tensor:
+        def in_single_precision(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
             halved = converted.is_floating_point() and torch.finfo(converted.dtype).bits < 32
             return tensor.to(converted.device) if halved else converted
 
-        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(in_single_precision, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def advance(self) -> None:
         """Count a step of the optimizer of phi, which schedules follow."""
 
     @abstractmethod
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
-        """Return what was learned, to read: one dictionary for each train task, with its name under ``task``."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+        """Return what was learned, to read: a record for each train task, in order."""
 
     def task_embeddings(self, embed: Embed) -> list[Tensor] | None:
         """Return the instruction of each train task, ``(length, dim)`` without padding.

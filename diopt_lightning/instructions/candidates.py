@@ -172,9 +172,9 @@ def tokenize_candidates(
     used = [kind for kind in KINDS if any(candidate.kind == kind for row in rows for candidate in row)]
     for t, candidates in enumerate(encoded):
         for n, row in enumerate(candidates):
-            kept = row[:longest]
-            ids[t, n, : len(kept)] = torch.tensor(kept)
-            mask[t, n, : len(kept)] = True
+            tokens = row[:longest]
+            ids[t, n, : len(tokens)] = torch.tensor(tokens)
+            mask[t, n, : len(tokens)] = True
             kinds[t, n], instances[t, n] = used.index(rows[t][n].kind), rows[t][n].instance
     headers = [
         encode(tokenizer, example_header(kind, slot + 1)) if kind != "Definition" else []

@@ -1,7 +1,7 @@
 """Several forms of instruction at once."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import Alternatives, Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.description import Description
 
 
 class Composition(Instruction):
@@ -74,18 +75,16 @@ class Composition(Instruction):
         for part in self.instructions:
             part.advance()
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return for each task what each part says of it, under ``parts``, beside the part's ``form``."""
-        said = [part.describe(tokenizer, embedding) for part in self.instructions]
+        described = [part.describe(tokenizer, embedding) for part in self.instructions]
         forms = [type(part).__name__ for part in self.instructions]
-        described = []
-        for rows in zip(*said, strict=True):
-            parts = [
-                {"form": form, **{name: value for name, value in row.items() if name != "task"}}
-                for form, row in zip(forms, rows, strict=True)
-            ]
-            described.append({"task": rows[0]["task"], "parts": parts})
-        return described
+        return [
+            Description(
+                rows[0].task, parts=[replace(row, task="", form=form) for form, row in zip(forms, rows, strict=True)]
+            )
+            for rows in zip(*described, strict=True)
+        ]
 
     def task_embeddings(self, embed: Embed) -> list[Tensor] | None:
         """Return the parts' embeddings of each task in a row; see :class:`Instruction`."""
@@ -125,7 +124,7 @@ def in_a_row(parts: Sequence[list[Tensor] | None]) -> list[Tensor] | None:
     return [torch.cat(rows) for rows in zip(*columns, strict=True)]
 
 
-def only_one(alternatives: Any) -> Alternatives | None:
+def only_one(alternatives: Iterable[Alternatives | None]) -> Alternatives | None:
     """Return the alternatives of the part that has some.
 
     Raises:

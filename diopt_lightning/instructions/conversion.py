@@ -12,7 +12,7 @@ from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import encode, special_tokens
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Embed, outer_dtype
 from diopt_lightning.instructions.initialization import embedding_scale
 
@@ -98,8 +98,7 @@ class Pooled(Encoding):
 
     def __init__(self, hidden: int | None = None) -> None:
         super().__init__()
-        if hidden is not None and hidden < 1:
-            raise ConfigurationError(f"`hidden` must be 1 or more, got {hidden}. Leave it out for no hidden layer.")
+        require_at_least(1, hint="Leave it out for no hidden layer.", hidden=hidden)
         self.hidden = hidden
         self.layers = nn.Sequential()
 
@@ -214,8 +213,7 @@ class Linear(Conversion):
 
     def __init__(self, length: int = 64, encoding: Encoding | None = None) -> None:
         super().__init__()
-        if length < 1:
-            raise ConfigurationError(f"`length` of a soft instruction must be 1 or more, got {length}.")
+        require_at_least(1, of="a soft instruction", length=length)
         self._length = length
         self.encoding = encoding if encoding is not None else Pooled()
 
@@ -249,8 +247,7 @@ class TokenWise(Conversion):
 
     def __init__(self, max_length: int = 128, relu: bool = False) -> None:
         super().__init__()
-        if max_length < 1:
-            raise ConfigurationError(f"`max_length` of a token-wise conversion must be 1 or more, got {max_length}.")
+        require_at_least(1, of="a token-wise conversion", max_length=max_length)
         self.max_length = max_length
         self.relu = relu
 

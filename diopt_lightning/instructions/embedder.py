@@ -1,7 +1,7 @@
 """The instruction embedder: a continuous instruction."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.errors import require_at_least
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
+from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.initialization import Initialization, Normal
 
 
@@ -39,8 +40,7 @@ class EmbedderDP(Instruction):
 
     def __init__(self, length: int = 64, init: Initialization | None = None) -> None:
         super().__init__()
-        if length < 1:
-            raise ConfigurationError(f"`length` of a soft instruction must be 1 or more, got {length}.")
+        require_at_least(1, of="a soft instruction", length=length)
         self._length = length
         self.init = init if init is not None else Normal()
 
@@ -60,10 +60,15 @@ class EmbedderDP(Instruction):
         self.task_names = [task.name for task in tasks]
         self.weight = nn.Parameter(self.init(tasks, self.length, tokenizer, embedding))
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the vocabulary token nearest to each vector by cosine, and the cosines."""
-        read = nearest_tokens(self.weight.detach(), tokenizer, embedding)
-        return [{"task": name, **tokens} for name, tokens in zip(self.task_names, read, strict=True)]
+        vectors = self.task_embeddings(partial(embedded, embedding))
+        return nearest_tokens(self.task_names, vectors, tokenizer, embedding)
+
+    @property
+    def task_parameter(self) -> str | None:
+        """``weight``, unless a subclass makes something else of it; see :class:`Instruction`."""
+        return "weight" if type(self).task_embeddings is EmbedderDP.task_embeddings else None
 
     def task_embeddings(self, embed: Embed) -> list[Tensor]:
         """Return each task's matrix; see :class:`Instruction`."""
@@ -76,19 +81,26 @@ class EmbedderDP(Instruction):
 
 
 def nearest_tokens(
-    vectors: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-) -> list[dict[str, Any]]:
+    tasks: Sequence[str],
+    vectors: Iterable[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    embedding: nn.Embedding,
+    of_instance: bool = False,
+) -> list[Description]:
     """Read soft instructions as the vocabulary tokens nearest to their vectors, with the cosines.
 
     Args:
+        tasks: Names of the tasks.
         vectors: For each task ``(length, dim)``; compared with the whole vocabulary one task at a time, to save memory.
         tokenizer: The backbone's tokenizer.
         embedding: The backbone's input embedding.
+        of_instance: Whether the vectors are only those of the task's first instance.
     """
     vocabulary = F.normalize(embedding.weight.detach()[: len(tokenizer)].float(), dim=-1)
-    read = []
-    for rows in vectors:
+    described = []
+    for name, rows in zip(tasks, vectors, strict=True):
         cosine, nearest = (F.normalize(rows.float(), dim=-1) @ vocabulary.T).max(dim=-1)
-        tokens = tokenizer.convert_ids_to_tokens(nearest.tolist())
-        read.append({"nearest_tokens": tokens, "cosine": [round(value, 4) for value in cosine.tolist()]})
-    return read
+        tokens = list(tokenizer.convert_ids_to_tokens(nearest.tolist()))
+        cosines = [round(value, 4) for value in cosine.tolist()]
+        described.append(Description(name, of_instance=of_instance, nearest_tokens=tokens, cosine=cosines))
+    return described

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
 from diopt_lightning.instructions.conversion import Conversion, Linear, example_batch, instance_tokens
+from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.embedder import nearest_tokens
 
 
@@ -68,10 +68,10 @@ class EmbedderIC(Instruction):
         self.conversion.build(embedding)
         self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the tokens nearest to its first instance's instruction, and the cosines."""
-        read = nearest_tokens(self.representatives(partial(embedded, embedding)), tokenizer, embedding)
-        return [{"task": name, **tokens} for name, tokens in zip(self.task_names, read, strict=True)]
+        vectors = self.representatives(partial(embedded, embedding))
+        return nearest_tokens(self.task_names, vectors, tokenizer, embedding, of_instance=True)
 
     @torch.no_grad()
     def representatives(self, embed: Embed) -> list[Tensor]:

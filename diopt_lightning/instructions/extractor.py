@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
 from diopt_lightning.instructions.candidates import Candidate, CandidatePool, tokenize_candidates
+from diopt_lightning.instructions.description import ChosenExemplar, Description
+from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough, without_repetition
 
 # Positions set aside for ` Positive Example 1 -`, which is 5 tokens in T5's vocabulary.
 HEADER_LENGTH = 8
@@ -27,14 +29,17 @@ class Extractor(Instruction):
     instance is never its own exemplar.
 
     Args:
-        slots: :math:`k`, the exemplars to choose.
-        candidates: :math:`N`, the candidates of each task at most.
-        candidate_length: Tokens of a candidate.
-        pool: Where candidates come from.
-        repeats: Whether slots may choose the same candidate.
+        slots: :math:`k`, the exemplars to choose. Default: 1.
+        candidates: :math:`N`, the candidates of each task at most. Default: 32, as in the reference implementation.
+        candidate_length: Tokens of a candidate. Default: 128, likewise.
+        pool: Where candidates come from. Default: positive examples, filled up with instances.
+        relaxation: How the choice is differentiated. Default: straight-through, as in the paper. On the experiment of
+            ``configs/demo.yaml`` :class:`~diopt_lightning.instructions.ExpectedLoss` finds the better exemplar far more
+            often.
+        repeats: Whether slots may choose the same candidate. Default: no.
         candidates_per_instance: Candidates that each instance chooses among, drawn anew for every instance of every
-            batch. ``None`` for all.
-        cut_candidates: Whether longer candidates are cut, and counted, instead of refused.
+            batch. Default: all.
+        cut_candidates: Whether longer candidates are cut, and counted, instead of refused. Default: yes.
 
     Raises:
         ConfigurationError: If a number is not positive, or there are more slots than candidates.
@@ -50,31 +55,30 @@ class Extractor(Instruction):
 
     def __init__(
         self,
-        slots: int,
-        candidates: int,
-        candidate_length: int,
-        pool: CandidatePool,
+        slots: int = 1,
+        candidates: int = 32,
+        candidate_length: int = 128,
+        pool: CandidatePool = CandidatePool(),
+        relaxation: Relaxation | None = None,
+        *,
         repeats: bool = False,
         candidates_per_instance: int | None = None,
         cut_candidates: bool = True,
     ) -> None:
         super().__init__()
-        numbers = {"slots": slots, "candidates": candidates, "candidate_length": candidate_length}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ConfigurationError(f"`{name}` of an extractor must be 1 or more, got {value}.")
+        require_at_least(1, of="an extractor", slots=slots, candidates=candidates, candidate_length=candidate_length)
         among = candidates if candidates_per_instance is None else min(candidates, candidates_per_instance)
         if slots > among and not repeats:
             raise ConfigurationError(
                 f"An extractor chooses {slots} exemplars (`slots`) among {among} (`candidates`, or "
                 "`candidates_per_instance`): it needs at least as many candidates, or `repeats`."
             )
-        if among < 1:
-            raise ConfigurationError(f"`candidates_per_instance` must be 1 or more, got {candidates_per_instance}.")
+        require_at_least(1, candidates_per_instance=candidates_per_instance)
         self.slots = slots
         self.candidates = candidates
         self.candidate_length = candidate_length
         self.pool = pool
+        self.relaxation = relaxation if relaxation is not None else StraightThrough()
         self.repeats = repeats
         self.candidates_per_instance = candidates_per_instance
         self.cut_candidates = cut_candidates
@@ -145,6 +149,10 @@ class Extractor(Instruction):
                 "only annotated ones count)."
             )
 
+    def advance(self) -> None:
+        """Let the temperature follow its schedule; see :class:`Instruction`."""
+        self.relaxation.advance()
+
     def allowed(self, batch: Batch) -> Tensor | None:
         """Which candidates each instance may choose ``(batch, candidates)``; ``None`` where that is all of them."""
         if not self._restricted:
@@ -205,54 +213,25 @@ class Extractor(Instruction):
             torch.cat([headers, bodies], dim=2).flatten(1, 2), torch.cat([header_mask, mask], dim=2).flatten(1, 2)
         )
 
-    def described(self, probabilities: Tensor) -> list[dict[str, Any]]:
-        """Say which exemplars are likeliest, for ``probabilities`` of ``(tasks, slots, candidates)``.
+    def likeliest(self, probabilities: Tensor, embed: Embed) -> list[Tensor]:
+        """The embedded exemplars that are likeliest, for ``probabilities`` of ``(tasks, slots, candidates)``."""
+        choice = without_repetition(probabilities, self.repeats).argmax(dim=-1)
+        chosen = self.choose(torch.arange(len(choice), device=choice.device), choice, embed)
+        return [rows[used] for rows, used in zip(chosen.embeddings, chosen.mask, strict=True)]
 
-        ``exemplar`` is what the model reads; ``input``, ``output`` and ``explanation`` are the same as the data has it,
-        and ``kind`` is what it is taken for.
-        """
+    def described(self, probabilities: Tensor, of_instance: bool = False) -> list[Description]:
+        """Say which exemplars are likeliest, for ``probabilities`` of ``(tasks, slots, candidates)``."""
         choices = without_repetition(probabilities, self.repeats).argmax(dim=-1)
         described = []
         for task, name in enumerate(self.task_names):
             slots = []
             for slot, choice in enumerate(choices[task].tolist()):
                 candidate = self.candidate_rows[task][choice]
-                slots.append(
-                    {
-                        "candidate": choice,
-                        "probability": round(probabilities[task, slot, choice].item(), 4),
-                        "exemplar": self.candidate_texts[task][choice].strip(),
-                        "kind": candidate.kind,
-                        **asdict(candidate.example),
-                    }
-                )
-            described.append({"task": name, "slots": slots})
+                probability = round(probabilities[task, slot, choice].item(), 4)
+                text = self.candidate_texts[task][choice].strip()
+                slots.append(ChosenExemplar(choice, probability, text, candidate.kind, **asdict(candidate.example)))
+            described.append(Description(name, of_instance=of_instance, slots=slots))
         return described
-
-
-def without_repetition(scores: Tensor, repeats: bool) -> Tensor:
-    """Rule out, in each slot, the candidates that the slots before it choose.
-
-    Args:
-        scores: By which each slot chooses the largest, ``(rows, slots, candidates)``.
-        repeats: Whether to rule out nothing.
-
-    Returns:
-        The scores with minus infinity for what is ruled out.
-
-    Example:
-        >>> without_repetition(torch.tensor([[[2.0, 1.0, 0.0], [3.0, 1.0, 2.0]]]), repeats=False)
-        tensor([[[2., 1., 0.],
-                 [-inf, 1., 2.]]])
-    """
-    if repeats or scores.shape[1] == 1:
-        return scores
-    taken = torch.zeros_like(scores[:, 0], dtype=torch.bool)
-    slots = []
-    for slot in scores.unbind(dim=1):
-        slots.append(slot.masked_fill(taken, -torch.inf))
-        taken = taken.scatter(1, slots[-1].argmax(dim=-1, keepdim=True), True)
-    return torch.stack(slots, dim=1)
 
 
 class RandomExemplar(Extractor):
@@ -261,19 +240,19 @@ class RandomExemplar(Extractor):
     The baseline of an extractor, with the same candidates.
 
     Args:
-        slots: The exemplars to draw for each instance, without repetition.
-        candidates: The candidates of each task at most.
-        candidate_length: Tokens of a candidate; longer ones are cut, and counted.
-        pool: Where candidates come from.
-
-    Raises:
-        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+        args: ``slots``, ``candidates``, ``candidate_length`` and ``pool``, as of every extractor.
+        options: The same by name.
     """
 
-    def __init__(
-        self, slots: int = 1, candidates: int = 32, candidate_length: int = 128, pool: CandidatePool = CandidatePool()
-    ) -> None:
-        super().__init__(slots, candidates, candidate_length, pool)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # What is given here is no option of this class, on the command line neither.
+        super().__init__(  # type: ignore[misc]
+            *args, **options, relaxation=None, repeats=False, candidates_per_instance=None, cut_candidates=True
+        )
+        del self.relaxation  # a draw is not differentiated
+
+    def advance(self) -> None:
+        """There is no schedule."""
 
     @property
     def has_a_row_for_each_task(self) -> bool:
@@ -285,9 +264,9 @@ class RandomExemplar(Extractor):
         """There is nothing that it would have to know of a task."""
         return True
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return the names of the tasks alone, as nothing is learned."""
-        return [{"task": name} for name in self.task_names]
+        return [Description(name) for name in self.task_names]
 
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return random exemplars of each instance's task."""

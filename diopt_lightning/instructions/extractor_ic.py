@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, embedded, outer_dtype
-from diopt_lightning.instructions.candidates import CandidatePool
 from diopt_lightning.instructions.conversion import Encoding, Pooled, example_batch, instance_tokens, unit_scale
-from diopt_lightning.instructions.extractor import Extractor, without_repetition
-from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough
+from diopt_lightning.instructions.description import Description
+from diopt_lightning.instructions.extractor import Extractor
+from diopt_lightning.instructions.relaxation import without_repetition
 
 
 class ExtractorIC(Extractor):
@@ -28,21 +28,11 @@ class ExtractorIC(Extractor):
     embeddings are constants in the score, which a model could otherwise learn to bend.
 
     Args:
-        slots: :math:`k`, the exemplars to choose for each instance. Default: 1.
-        candidates: :math:`N`, the candidates of each task at most. Default: 32, as in the reference implementation.
-        candidate_length: Tokens of a candidate. Default: 128, likewise.
-        pool: Where candidates come from. Default: positive examples, filled up with instances.
-        relaxation: How the choice is differentiated. Default: straight-through, as in the paper.
+        args: The first options of every :class:`Extractor`, in its order.
         encoding: Makes one vector of a candidate and of an instance. Default: the mean of token embeddings.
         targets: Whether the target ``y`` belongs to the instance. Default: yes, as in the paper; say no to use the
             instruction on unseen tasks, whose targets are not known.
-        repeats: Whether slots may choose the same candidate. Default: no.
-        candidates_per_instance: Candidates that each instance chooses among, drawn anew for every instance of every
-            batch. Default: all.
-        cut_candidates: Whether longer candidates are cut, and counted, instead of refused. Default: yes.
-
-    Raises:
-        ConfigurationError: If a number is not positive, or there are more slots than candidates.
+        options: Further options of every :class:`Extractor`.
 
     Example:
         >>> from diopt_lightning.instructions import ExpectedLoss
@@ -52,21 +42,8 @@ class ExtractorIC(Extractor):
 
     bilinear: nn.Parameter
 
-    def __init__(
-        self,
-        slots: int = 1,
-        candidates: int = 32,
-        candidate_length: int = 128,
-        pool: CandidatePool = CandidatePool(),
-        relaxation: Relaxation | None = None,
-        encoding: Encoding | None = None,
-        targets: bool = True,
-        repeats: bool = False,
-        candidates_per_instance: int | None = None,
-        cut_candidates: bool = True,
-    ) -> None:
-        super().__init__(slots, candidates, candidate_length, pool, repeats, candidates_per_instance, cut_candidates)
-        self.relaxation = relaxation if relaxation is not None else StraightThrough()
+    def __init__(self, *args: Any, encoding: Encoding | None = None, targets: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.encoding = encoding if encoding is not None else Pooled()
         self.targets = targets
         self._examples: list[Batch] = []
@@ -96,10 +73,6 @@ class ExtractorIC(Extractor):
             torch.zeros(self.slots, width, width, dtype=outer_dtype(embedding), device=embedding.weight.device)
         )
         self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
-
-    def advance(self) -> None:
-        """Let the temperature follow its schedule; see :class:`Instruction`."""
-        self.relaxation.advance()
 
     def scores(self, batch: Batch, embed: Embed) -> Tensor:
         """The logits of each instance over its candidates, ``(batch, slots, candidates)``."""
@@ -141,13 +114,11 @@ class ExtractorIC(Extractor):
             means.append(self.relaxation.probabilities(scores).mean(dim=0))
         return torch.stack(means)
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the exemplars that are likeliest on average over its first instances."""
-        return self.described(self.mean_probabilities(partial(embedded, embedding)))
+        return self.described(self.mean_probabilities(partial(embedded, embedding)), of_instance=True)
 
     @torch.no_grad()
     def representatives(self, embed: Embed) -> list[Tensor]:
         """Return the exemplars that :meth:`describe` names; see :class:`Instruction`."""
-        choice = without_repetition(self.mean_probabilities(embed), self.repeats).argmax(dim=-1)
-        chosen = self.choose(torch.arange(len(choice), device=choice.device), choice, embed)
-        return [rows[used] for rows, used in zip(chosen.embeddings, chosen.mask, strict=True)]
+        return self.likeliest(self.mean_probabilities(embed), embed)

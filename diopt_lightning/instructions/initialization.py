@@ -63,29 +63,46 @@ class Vocabulary(Initialization):
         return embedded(embedding, drawn.to(embedding.weight.device)).detach()
 
 
-class Definition(Initialization):
+class TextOfTask(Initialization):
+    """An embedded text of each task, cut to the length, or repeated where it is shorter."""
+
+    @abstractmethod
+    def text(self, task: Task) -> str:
+        """The text of a task."""
+
+    def __call__(
+        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
+    ) -> Tensor:
+        """Embed the text of every task.
+
+        Raises:
+            ConfigurationError: If a text has no tokens.
+        """
+        rows = []
+        for task in tasks:
+            ids = encode(tokenizer, self.text(task))
+            if not ids:
+                raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
+            rows.append((ids * -(-length // len(ids)))[:length])
+        return embedded(embedding, torch.tensor(rows, device=embedding.weight.device)).detach()
+
+
+class Definition(TextOfTask):
     """The embedded definition of each task, cut to the length, or repeated where it is shorter."""
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
-        """Embed the first definition of every task."""
-        return embedded_texts(tasks, [task.definitions[0] for task in tasks], length, tokenizer, embedding)
+    def text(self, task: Task) -> str:
+        """The first definition."""
+        return task.definitions[0]
 
 
-class Exemplar(Initialization):
+class Exemplar(TextOfTask):
     """The embedded first positive example of each task, cut to the length, or repeated where it is shorter."""
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
-        """Embed the first positive example of every task, as a prompt shows it."""
-        texts = []
-        for task in tasks:
-            if not task.positive_examples:
-                raise ConfigurationError(f"The task `{task.name}` has no positive example: choose another init.")
-            texts.append(example_header("Positive", 1) + example_body(task.positive_examples[0]))
-        return embedded_texts(tasks, texts, length, tokenizer, embedding)
+    def text(self, task: Task) -> str:
+        """The first positive example, as a prompt shows it."""
+        if not task.positive_examples:
+            raise ConfigurationError(f"The task `{task.name}` has no positive example: choose another init.")
+        return example_header("Positive", 1) + example_body(task.positive_examples[0])
 
 
 class SharedInCategory(Initialization):
@@ -108,30 +125,6 @@ class SharedInCategory(Initialization):
             zip((task.category for task in first), self.init(first, length, tokenizer, embedding), strict=True)
         )
         return torch.stack([values[task.category] for task in tasks])
-
-
-def embedded_texts(
-    tasks: Sequence[Task],
-    texts: Sequence[str],
-    length: int,
-    tokenizer: PreTrainedTokenizerBase,
-    embedding: nn.Embedding,
-) -> Tensor:
-    """Embed a text of each task, cut to the length, or repeated where it is shorter.
-
-    Returns:
-        ``(tasks, length, dim)``.
-
-    Raises:
-        ConfigurationError: If a text has no tokens.
-    """
-    rows = []
-    for task, text in zip(tasks, texts, strict=True):
-        ids = encode(tokenizer, text)
-        if not ids:
-            raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
-        rows.append((ids * -(-length // len(ids)))[:length])
-    return embedded(embedding, torch.tensor(rows, device=embedding.weight.device)).detach()
 
 
 @torch.no_grad()

@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Alternatives, Embed, InstructionEmbeddings
-from diopt_lightning.instructions.extractor import Extractor, without_repetition
+
+if TYPE_CHECKING:
+    from diopt_lightning.instructions.extractor import Extractor
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Relaxation(nn.Module, ABC):
         return F.softmax(logits / self.temperature, dim=-1)
 
     @abstractmethod
-    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance.
 
         Args:
@@ -112,7 +115,7 @@ class Mixture(Relaxation):
             repeats: Whether slots may choose the same candidate.
         """
 
-    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Mix the candidates; see :class:`Relaxation`."""
         return extractor.mix(task, self.weights(logits, extractor.repeats), embed)
 
@@ -198,11 +201,10 @@ class ExpectedLoss(Relaxation):
 
     def __init__(self, temperature: float | Annealed = 1.0, samples: int | None = None) -> None:
         super().__init__(temperature)
-        if samples is not None and samples < 2:
-            raise ConfigurationError(f"`samples` of ExpectedLoss must be 2 or more, got {samples}.")
+        require_at_least(2, of="ExpectedLoss", samples=samples)
         self.samples = samples
 
-    def extract(self, extractor: Extractor, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return several choices with their probabilities, or a drawn one; see :class:`Relaxation`."""
         if extractor.slots > 1 and self.samples is None:
             raise ConfigurationError(
@@ -257,3 +259,28 @@ class ExpectedLoss(Relaxation):
             if not repeats:
                 taken = taken.scatter(2, choice, True)
         return torch.stack(choices, dim=2), total
+
+
+def without_repetition(scores: Tensor, repeats: bool) -> Tensor:
+    """Rule out, in each slot, the candidates that the slots before it choose.
+
+    Args:
+        scores: By which each slot chooses the largest, ``(rows, slots, candidates)``.
+        repeats: Whether to rule out nothing.
+
+    Returns:
+        The scores with minus infinity for what is ruled out.
+
+    Example:
+        >>> without_repetition(torch.tensor([[[2.0, 1.0, 0.0], [3.0, 1.0, 2.0]]]), repeats=False)
+        tensor([[[2., 1., 0.],
+                 [-inf, 1., 2.]]])
+    """
+    if repeats or scores.shape[1] == 1:
+        return scores
+    taken = torch.zeros_like(scores[:, 0], dtype=torch.bool)
+    slots = []
+    for slot in scores.unbind(dim=1):
+        slots.append(slot.masked_fill(taken, -torch.inf))
+        taken = taken.scatter(1, slots[-1].argmax(dim=-1, keepdim=True), True)
+    return torch.stack(slots, dim=1)

@@ -1,7 +1,6 @@
 """Task weights: how much the loss of each train task counts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, outer_dtype
+from diopt_lightning.instructions.description import Description
 
 
 class TaskWeights(Instruction):
@@ -49,11 +49,11 @@ class TaskWeights(Instruction):
         """The weights ``(tasks,)``, one on average."""
         return len(self.logits) * self.logits.softmax(dim=0)
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[dict[str, Any]]:
+    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
         """Return the weight of each task."""
         weights = self.weights().detach().tolist()
         return [
-            {"task": name, "weight": round(weight, 4)} for name, weight in zip(self.task_names, weights, strict=True)
+            Description(name, weight=round(weight, 4)) for name, weight in zip(self.task_names, weights, strict=True)
         ]
 
     def task_embeddings(self, embed: Embed) -> list[Tensor]:

@@ -17,7 +17,7 @@ from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.reading import Reading
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
-from diopt_lightning.instructions import Instruction, InstructionEmbeddings
+from diopt_lightning.instructions import Description, Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import METRICS, TaskMetric
 from diopt_lightning.modules.predictions import Metrics, Prediction, predictions_of
 from diopt_lightning.modules.strategies import sharding_mesh
@@ -142,6 +142,8 @@ class InstructionEvaluation(pl.LightningModule):
         if self.instruction is not None:
             # A callback may have put something there already.
             checkpoint.setdefault("instruction", {}).update(self.describe_instruction())
+            if self.instruction.task_parameter is not None:
+                checkpoint["task_embeddings"] = f"instruction.{self.instruction.task_parameter}"
         # What is sharded goes into a checkpoint as a whole: its parts are not all at hand, to be told apart.
         if sharding_mesh(self.trainer) is None:
             drop_frozen(self.backbone, checkpoint)
@@ -181,10 +183,10 @@ class InstructionEvaluation(pl.LightningModule):
             "backbone": self.backbone.name,
             "encoder_decoder": self.backbone.is_encoder_decoder,
             "tasks": [task.name for task in self.data.split_tasks("train")],
-            "learned": self.learned(),
+            "learned": [description.as_plain_data() for description in self.learned()],
         }
 
-    def learned(self) -> list[dict[str, Any]]:
+    def learned(self) -> list[Description]:
         """What :meth:`~diopt_lightning.instructions.Instruction.describe` says of each train task, on all processes."""
         assert self.instruction is not None
         with gathered(self.backbone):

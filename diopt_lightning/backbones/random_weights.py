@@ -1,0 +1,53 @@
+"""Models of transformers with random weights."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.errors import ConfigurationError
+
+
+class RandomWeights(TransformersBackbone):
+    """Common to models that are drawn for a configuration; stands before their family among a class's bases.
+
+    Args:
+        config: ``model_type`` and its options, e.g. ``{"model_type": "llama", "hidden_size": 64}``; others are the
+            defaults of that type. The vocabulary's size and the special tokens are the tokenizer's unless given.
+        options: As of the family.
+
+    Raises:
+        ConfigurationError: If there is no ``model_type``.
+    """
+
+    is_pretrained = False
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        if "model_type" not in config:
+            raise ConfigurationError(
+                f"`config` of a random model needs a `model_type` such as `t5` or `llama`, got {config!r}."
+            )
+        super().__init__(f"random {config['model_type']}", **options)
+        self.options = config
+
+    def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Draw the weights; see :class:`TransformersBackbone`."""
+        options = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            # A decoder that reads a source from an encoder begins with the pad token, as in T5.
+            **(
+                {"decoder_start_token_id": tokenizer.pad_token_id}
+                if self.is_encoder_decoder
+                else {"bos_token_id": tokenizer.bos_token_id}
+            ),
+            **self.options,
+        }
+        try:
+            model: PreTrainedModel = self.auto_class.from_config(AutoConfig.for_model(**options), dtype=dtype)
+        except (ValueError, TypeError) as error:
+            family = self.family.partition(" ")[2]  # without its article
+            raise ConfigurationError(f"`config` {options!r} makes no {family}: {error}") from error
+        return model
