@@ -23,11 +23,7 @@ def insert(
         Embeddings ``(batch, length, dim)`` and attention mask ``(batch, length)`` with gaps, where the mask is 0.
     """
     parts = (embeddings[:, :position], instruction.embeddings.to(embeddings.dtype), embeddings[:, position:])
-    masks = (
-        attention_mask[:, :position],
-        instruction.mask.to(attention_mask.dtype),
-        attention_mask[:, position:],
-    )
+    masks = (attention_mask[:, :position], instruction.mask.to(attention_mask.dtype), attention_mask[:, position:])
     return torch.cat(parts, dim=1), torch.cat(masks, dim=1)
 
 

@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from diopt_lightning.data.collate import Batch, Collator
 from diopt_lightning.data.prompts import PromptFormat
 from diopt_lightning.data.reading import Reading, ReadsTexts
-from diopt_lightning.data.sampling import (
-    EvaluationSampler,
-    ResumableDataLoader,
-    TokenRows,
-    TrainSampler,
-    longest_batch,
-)
+from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler, longest_batch
 from diopt_lightning.data.splits import TaskSplits, drawn_splits, read_split_lists
 from diopt_lightning.data.tasks import Task, choose_instances, read_tasks
 from diopt_lightning.data.text_format import encoder_decoder_format

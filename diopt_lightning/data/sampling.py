@@ -201,13 +201,8 @@ def longest_batch(rows: Any, number: int, pad_token_id: int, end_token_id: int) 
     """A batch as large as batches of a data set get, for what must know the worst case.
 
     Its sources are the longest ones, each of another task where there are enough; its targets are filled up to the
-    longest of the whole set, because in a long run some batch has both.
-
-    Args:
-        rows: A dataset made by :func:`~diopt_lightning.data.tokenization.tokenize`.
-        number: Rows of the batch, the longest first; they repeat where the set has fewer tasks.
-        pad_token_id: What stands where a source has ended.
-        end_token_id: What stands where a target has.
+    longest of the whole set, because in a long run some batch has both. The longest row comes first; where the set has
+    too few tasks, rows repeat.
     """
     lengths, tasks = rows["length"][:], rows["task"][:]
     longest = {tasks[index]: index for index in sorted(range(len(lengths)), key=lengths.__getitem__)}

@@ -122,14 +122,9 @@ def drawn_splits(
     seed: int,
     whole_categories: bool,
 ) -> TaskSplits:
-    """The four sets, of which those without a list are drawn from the train tasks that are left.
+    """The four sets, from ``lists`` where there are some; the others are drawn from the train tasks that are left.
 
-    Args:
-        lists: Names of the tasks in each set that has a list.
-        categories: Name to category of all tasks.
-        wanted: For a set without a list, how many tasks; see :func:`count_tasks`.
-        seed: Seed of the draws.
-        whole_categories: See :func:`draw_tasks`.
+    See :func:`count_tasks` for the numbers that are ``wanted``, and :func:`draw_tasks` for the draws.
 
     Raises:
         ConfigurationError: If there are too few.

@@ -13,6 +13,8 @@ from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.description import Description
 
+Tasks = Sequence[Task]
+Tokenizer = PreTrainedTokenizerBase
 Embed = Callable[[Tensor], Tensor]
 """The backbone's input embedding: ids ``(...)`` to vectors ``(..., dim)``."""
 
@@ -76,13 +78,7 @@ class Instruction(nn.Module, ABC):
         return True
 
     @abstractmethod
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Make the parameters.
 
         Args:
@@ -109,7 +105,7 @@ class Instruction(nn.Module, ABC):
         """Count a step of the optimizer of phi, which schedules follow."""
 
     @abstractmethod
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return what was learned, to read: a record for each train task, in order."""
 
     def task_embeddings(self, embed: Embed) -> list[Tensor] | None:

@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions.base import Alternatives, Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.base import Alternatives, Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer
 from diopt_lightning.instructions.description import Description
 
 
@@ -59,13 +57,7 @@ class Composition(Instruction):
         """Whether all parts do."""
         return all(part.works_on_unseen_tasks for part in self.instructions)
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Make the parameters of all parts; see :class:`Instruction`."""
         for part in self.instructions:
             part.build(tasks, tokenizer, embedding, unseen)
@@ -75,7 +67,7 @@ class Composition(Instruction):
         for part in self.instructions:
             part.advance()
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return for each task what each part says of it, under ``parts``, beside the part's ``form``."""
         described = [part.describe(tokenizer, embedding) for part in self.instructions]
         forms = [type(part).__name__ for part in self.instructions]

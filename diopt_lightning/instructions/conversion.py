@@ -6,14 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import encode, special_tokens
 from diopt_lightning.errors import ConfigurationError, require_at_least
-from diopt_lightning.instructions.base import Embed, outer_dtype
+from diopt_lightning.instructions.base import Embed, Tokenizer, outer_dtype
 from diopt_lightning.instructions.initialization import embedding_scale
 
 # Instances of a task that its description looks at.
@@ -34,7 +34,7 @@ def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([mask, there], dim=1)
 
 
-def example_batch(index: int, task: Task, tokenizer: PreTrainedTokenizerBase) -> Batch:
+def example_batch(index: int, task: Task, tokenizer: Tokenizer) -> Batch:
     """The first instances of a task as a batch, without human-written instructions: to say what becomes of them."""
     instances = task.instances[:DESCRIBED_INSTANCES]
     before, after = special_tokens(tokenizer)

@@ -6,12 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import require_at_least
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer, embedded
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.initialization import Initialization, Normal
 
@@ -49,18 +47,12 @@ class EmbedderDP(Instruction):
         """Vectors of an instruction."""
         return self._length
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Make ``weight``, of shape ``(tasks, length, dim)``; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.weight = nn.Parameter(self.init(tasks, self.length, tokenizer, embedding))
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the vocabulary token nearest to each vector by cosine, and the cosines."""
         vectors = self.task_embeddings(partial(embedded, embedding))
         return nearest_tokens(self.task_names, vectors, tokenizer, embedding)
@@ -83,7 +75,7 @@ class EmbedderDP(Instruction):
 def nearest_tokens(
     tasks: Sequence[str],
     vectors: Iterable[Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     embedding: nn.Embedding,
     of_instance: bool = False,
 ) -> list[Description]:

@@ -1,15 +1,12 @@
 """The instruction embedder by instance conversion."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, embedded
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer, embedded
 from diopt_lightning.instructions.conversion import Conversion, Linear, example_batch, instance_tokens
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.embedder import nearest_tokens
@@ -56,19 +53,13 @@ class EmbedderIC(Instruction):
         """Whether it does without targets."""
         return not self.targets
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Make the network; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.conversion.build(embedding)
         self._examples = [example_batch(index, task, tokenizer) for index, task in enumerate(tasks)]
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the tokens nearest to its first instance's instruction, and the cosines."""
         vectors = self.representatives(partial(embedded, embedding))
         return nearest_tokens(self.task_names, vectors, tokenizer, embedding, of_instance=True)

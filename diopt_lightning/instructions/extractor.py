@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer
 from diopt_lightning.instructions.candidates import Candidate, CandidatePool, tokenize_candidates
 from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough, without_repetition
@@ -91,13 +90,7 @@ class Extractor(Instruction):
         """Positions of all slots: header and candidate each."""
         return self.slots * (HEADER_LENGTH + self.candidate_length)
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Tokenize the candidates; see :class:`Instruction`."""
         rows = [self.pool.candidates(task, self.candidates) for task in tasks]
         rows += [self.pool.candidates(task, self.candidates, unseen=True) for task in unseen]
@@ -264,7 +257,7 @@ class RandomExemplar(Extractor):
         """There is nothing that it would have to know of a task."""
         return True
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return the names of the tasks alone, as nothing is learned."""
         return [Description(name) for name in self.task_names]
 

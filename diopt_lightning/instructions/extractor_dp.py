@@ -1,14 +1,10 @@
 """The instruction extractor in direct parameterization: a discrete instruction, learned for each task."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, outer_dtype
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, Tasks, Tokenizer, outer_dtype
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.extractor import Extractor
 
@@ -27,13 +23,7 @@ class ExtractorDP(Extractor):
 
     logits: nn.Parameter
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Tokenize the candidates and make ``logits``, of shape ``(tasks, slots, candidates)``."""
         super().build(tasks, tokenizer, embedding)
         shape = (len(tasks), self.slots, self.candidates)
@@ -55,6 +45,6 @@ class ExtractorDP(Extractor):
         """The softmax of the logits, ``(tasks, slots, candidates)``; 0 for candidates that a task does not have."""
         return self.relaxation.probabilities(self.logits.detach().masked_fill(~self.available.unsqueeze(1), -torch.inf))
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the chosen exemplar of every slot with its probability; see :meth:`described`."""
         return self.described(self.probabilities())

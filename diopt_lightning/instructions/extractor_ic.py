@@ -1,16 +1,13 @@
 """The instruction extractor by instance conversion."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, embedded, outer_dtype
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, Tasks, Tokenizer, embedded, outer_dtype
 from diopt_lightning.instructions.conversion import Encoding, Pooled, example_batch, instance_tokens, unit_scale
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.extractor import Extractor
@@ -58,13 +55,7 @@ class ExtractorIC(Extractor):
         """Whether it does without targets."""
         return not self.targets
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Tokenize the candidates and make the encoding and ``bilinear`` ``(slots, width, width)``."""
         super().build(tasks, tokenizer, embedding, unseen)
         self.encoding.build(embedding)
@@ -114,7 +105,7 @@ class ExtractorIC(Extractor):
             means.append(self.relaxation.probabilities(scores).mean(dim=0))
         return torch.stack(means)
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return for each task the exemplars that are likeliest on average over its first instances."""
         return self.described(self.mean_probabilities(partial(embedded, embedding)), of_instance=True)
 

@@ -1,26 +1,22 @@
 """Where a soft instruction starts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions.base import embedded, outer_dtype
+from diopt_lightning.instructions.base import Tasks, Tokenizer, embedded, outer_dtype
 
 
 class Initialization(ABC):
     """Makes the initial values of a soft instruction for every train task."""
 
     @abstractmethod
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
+    def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Return ``(tasks, length, dim)``."""
 
 
@@ -41,9 +37,7 @@ class Normal(Initialization):
             raise ConfigurationError(f"`std` of a normal initialization must be positive, got {std}.")
         self.std = std
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
+    def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Draw from the normal distribution."""
         std = self.std if self.std is not None else embedding_scale(embedding)
         drawn = torch.randn(len(tasks), length, embedding.embedding_dim, dtype=outer_dtype(embedding), device="cpu")
@@ -53,9 +47,7 @@ class Normal(Initialization):
 class Vocabulary(Initialization):
     """The embeddings of tokens drawn from the vocabulary, without special tokens."""
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
+    def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Draw tokens uniformly and embed them."""
         special = set(tokenizer.all_special_ids)
         words = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
@@ -70,9 +62,7 @@ class TextOfTask(Initialization):
     def text(self, task: Task) -> str:
         """The text of a task."""
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
+    def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Embed the text of every task.
 
         Raises:
@@ -116,9 +106,7 @@ class SharedInCategory(Initialization):
     def __init__(self, init: Initialization | None = None) -> None:
         self.init = init if init is not None else Normal()
 
-    def __call__(
-        self, tasks: Sequence[Task], length: int, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding
-    ) -> Tensor:
+    def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Make one value for each category and give it to its tasks."""
         first = list({task.category: task for task in reversed(tasks)}.values())
         values = dict(

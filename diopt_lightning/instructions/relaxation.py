@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch.nn import functional as F
 
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Alternatives, Embed, InstructionEmbeddings
-
-if TYPE_CHECKING:
-    from diopt_lightning.instructions.extractor import Extractor
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,19 @@ class Annealed:
         """The temperature after ``step`` steps."""
         share = min(step / self.steps, 1.0)
         return self.start * float((self.end / self.start) ** share)
+
+
+class ExemplarSlots(Protocol):
+    """What a relaxation has to know of an :class:`~diopt_lightning.instructions.Extractor`, which is made with one."""
+
+    slots: int
+    repeats: bool
+
+    def mix(self, task: Tensor, weights: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Mix all candidates of each row's task."""
+
+    def choose(self, task: Tensor, choice: Tensor, embed: Embed) -> InstructionEmbeddings:
+        """Take one candidate for each slot."""
 
 
 class Relaxation(nn.Module, ABC):
@@ -91,7 +101,7 @@ class Relaxation(nn.Module, ABC):
         return F.softmax(logits / self.temperature, dim=-1)
 
     @abstractmethod
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: ExemplarSlots, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return the instruction of each instance.
 
         Args:
@@ -115,7 +125,7 @@ class Mixture(Relaxation):
             repeats: Whether slots may choose the same candidate.
         """
 
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: ExemplarSlots, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Mix the candidates; see :class:`Relaxation`."""
         return extractor.mix(task, self.weights(logits, extractor.repeats), embed)
 
@@ -204,7 +214,7 @@ class ExpectedLoss(Relaxation):
         require_at_least(2, of="ExpectedLoss", samples=samples)
         self.samples = samples
 
-    def extract(self, extractor: "Extractor", task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
+    def extract(self, extractor: ExemplarSlots, task: Tensor, logits: Tensor, embed: Embed) -> InstructionEmbeddings:
         """Return several choices with their probabilities, or a drawn one; see :class:`Relaxation`."""
         if extractor.slots > 1 and self.samples is None:
             raise ConfigurationError(

@@ -1,14 +1,10 @@
 """Task weights: how much the loss of each train task counts."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
-from diopt_lightning.data.tasks import Task
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, outer_dtype
+from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer, outer_dtype
 from diopt_lightning.instructions.description import Description
 
 
@@ -31,13 +27,7 @@ class TaskWeights(Instruction):
         """No position: there is nothing before the input."""
         return 0
 
-    def build(
-        self,
-        tasks: Sequence[Task],
-        tokenizer: PreTrainedTokenizerBase,
-        embedding: nn.Embedding,
-        unseen: Sequence[Task] = (),
-    ) -> None:
+    def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Make ``logits``, of shape ``(tasks,)``; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
         self.logits = nn.Parameter(
@@ -49,7 +39,7 @@ class TaskWeights(Instruction):
         """The weights ``(tasks,)``, one on average."""
         return len(self.logits) * self.logits.softmax(dim=0)
 
-    def describe(self, tokenizer: PreTrainedTokenizerBase, embedding: nn.Embedding) -> list[Description]:
+    def describe(self, tokenizer: Tokenizer, embedding: nn.Embedding) -> list[Description]:
         """Return the weight of each task."""
         weights = self.weights().detach().tolist()
         return [

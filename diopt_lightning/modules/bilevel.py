@@ -7,18 +7,12 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from diopt_lightning.bilevel import (
-    Chebyshev,
-    HypergradientEstimator,
-    ProcessAverage,
-    mean_hypergradient,
-)
+from diopt_lightning.bilevel import Chebyshev, HypergradientEstimator, ProcessAverage, mean_hypergradient
 from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import constants, gradient_norm
-from diopt_lightning.modules.level import Level
+from diopt_lightning.modules.levels import Level, TwoLevels
 from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
-from diopt_lightning.modules.two_levels import TwoLevels
 from diopt_lightning.modules.unfinished_round import UnfinishedRound
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
 

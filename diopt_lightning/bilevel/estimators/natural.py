@@ -63,11 +63,7 @@ class NaturalHypergradient(ImplicitEstimator):
     scale_free = True
 
     def __init__(
-        self,
-        rank: int | None = None,
-        decay: float = 0.99,
-        damping: float | None = None,
-        product: Product | None = None,
+        self, rank: int | None = None, decay: float = 0.99, damping: float | None = None, product: Product | None = None
     ) -> None:
         super().__init__(product)
         require_at_least(1, hint="Leave it out for the diagonal.", rank=rank)

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from diopt_lightning.bilevel.problem import BilevelProblem
-from diopt_lightning.bilevel.products.base import (
-    Linearization,
-    Product,
-    checkpointing_explained,
-    differentiate,
-    zeros,
-)
+from diopt_lightning.bilevel.products.base import Linearization, Product, checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.products.double_backward import DoubleBackward, check_reached
 from diopt_lightning.bilevel.products.perturbation import move, restored
 from diopt_lightning.bilevel.sharding import any_sharded

@@ -144,10 +144,7 @@ class _Split:
         second = vector_jacobian(self._gradient, self._arguments, [*pushed, *v])
         outputs = len(self._outputs)
         pulled = vector_jacobian(self._outputs, self._parameters, second[:outputs])
-        return as_vector(
-            [a + b for a, b in zip(pulled, second[outputs:], strict=True)],
-            self._parameters,
-        )
+        return as_vector([a + b for a, b in zip(pulled, second[outputs:], strict=True)], self._parameters)
 
 
 def vector_jacobian(
