@@ -16,13 +16,9 @@ class TrainingError(RuntimeError):
 
 
 def require_at_least(least: int, of: str = "", hint: str = "", **numbers: float | None) -> None:
-    """Refuse a number that is too small.
+    """Refuse numbers, by their names as options, that are smaller than ``least``; ``None`` is one that was left out.
 
-    Args:
-        least: The smallest that is allowed.
-        of: What the numbers are options of, for the message.
-        hint: A sentence at its end.
-        numbers: The numbers by their names as options; ``None`` for one that was left out.
+    The message says what they are options ``of``, and ends with the ``hint``.
 
     Raises:
         ConfigurationError: If one is smaller.

@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from diopt_lightning.callbacks.figures import draw_losses
 from diopt_lightning.inspection.report import as_json
@@ -59,7 +58,8 @@ class Results(Callback):
                 tenth = max(1, len(values) // 10)
                 first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
                 rows[name] = f"{first:.3f} -> {last:.3f}"
-        rows |= {name: f"{value.item():.3f}" for name, value in sorted(dev_metrics(trainer).items())}
+        dev = {name: value for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("dev/")}
+        rows |= {name: f"{value.item():.3f}" for name, value in dev.items()}
         self._show(f"{trainer.global_step} steps (losses: mean of the first and of the last tenth)", rows, folder)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
@@ -126,8 +126,3 @@ def results_folder(trainer: Trainer) -> Path:
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` waits for the first process to say which
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def dev_metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """The metrics of the last evaluation of dev tasks."""
-    return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("dev/")}

@@ -193,20 +193,16 @@ class InstructionEvaluation(pl.LightningModule):
             return self.instruction.describe(self.data.tokenizer, self.backbone.embedding)
 
     def on_validation_start(self) -> None:
-        """Check that processes that share a model can run together; so do the two that follow."""
-        self._check_batches(self.trainer.num_val_batches)
+        """Check that processes that share a model can run together.
 
-    def on_test_start(self) -> None:
-        """Check the test tasks' batches."""
-        self._check_batches(self.trainer.num_test_batches)
-
-    def on_predict_start(self) -> None:
-        """Check the batches of prediction."""
-        self._check_batches(self.trainer.num_predict_batches)
-
-    def _check_batches(self, counts: Sequence[int | float]) -> None:
-        if sharding_mesh(self.trainer) is None:
+        Raises:
+            ConfigurationError: If they have unequal numbers of batches.
+        """
+        trainer = self.trainer
+        if sharding_mesh(trainer) is None:
             return
+        evaluated = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        counts = trainer.num_predict_batches if trainer.predicting else evaluated
         own = torch.tensor(sum(counts), device=self.device)
         everywhere = sorted(cast(Tensor, self.all_gather(own)).tolist())
         if everywhere[0] != everywhere[-1]:
@@ -215,6 +211,8 @@ class InstructionEvaluation(pl.LightningModule):
                 f"Processes that share a model have {everywhere} batches to evaluate, and must have "
                 "equally many: set `data.evaluation_batch_size` to 2 or more, and use no more GPUs than instances."
             )
+
+    on_test_start = on_predict_start = on_validation_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of dev tasks, which select checkpoints."""
@@ -226,32 +224,22 @@ class InstructionEvaluation(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
         """Predict a batch of unseen test tasks."""
-        return self._predict(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics over all dev tasks."""
-        self._log_scores("dev")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics over all test tasks."""
-        self._log_scores("test")
+        outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
+        texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        return predictions_of(texts, batch, self.data.tasks)
 
     def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
         loss = self.backbone.loss(batch, self.instruct(batch))
         size = batch.target_tokens
         self.log(f"{stage}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
-        predictions = self._predict(batch)
+        predictions = self.predict_step(batch, 0)
         getattr(self, f"{stage}_metrics").update(predictions)
         return predictions
 
-    def _predict(self, batch: Batch) -> list[Prediction]:
-        outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
-        texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        return predictions_of(texts, batch, self.data.tasks)
-
-    def _log_scores(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
         """Show the means over all, and hand those per category and per task to the loggers only: they are many."""
+        stage = "test" if self.trainer.testing else "dev"
         metrics: Metrics = getattr(self, f"{stage}_metrics")
         scores = metrics.compute()
         metrics.reset()
@@ -261,6 +249,8 @@ class InstructionEvaluation(pl.LightningModule):
         details = {f"{stage}/{name}": value for name, value in self.scores[stage].items() if not name.endswith("/all")}
         for logger in self.loggers:
             logger.log_metrics(details, step=self.global_step)
+
+    on_test_epoch_end = on_validation_epoch_end
 
 
 def check_tasks(form: str, saved: Sequence[str], given: Sequence[str]) -> None:

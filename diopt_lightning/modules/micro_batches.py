@@ -54,10 +54,7 @@ class MicroBatched(pl.LightningModule):
         ]
 
     def batch_weight(self, batch: Any) -> float:
-        """What a loss of the batch is the mean over; override it where that is not rows. Default: rows.
-
-        It weighs micro-batches, and the batches of processes where they differ.
-        """
+        """What a loss is the mean over, by which parts and processes are weighed. Default: rows; else override it."""
         rows = (len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() > 0)
         return float(next(rows, 1))
 

@@ -42,12 +42,7 @@ def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) ->
 
 
 class Metrics(MetricCollection):
-    """Several metrics of predictions.
-
-    Args:
-        classes: The metrics by name.
-        categories: The category of each task.
-    """
+    """Metrics of predictions by their names, for tasks of some categories."""
 
     def __init__(self, classes: Mapping[str, type[TaskMetric]], categories: dict[str, str]) -> None:
         super().__init__({name: metric(categories) for name, metric in classes.items()}, compute_groups=False)

@@ -48,12 +48,7 @@ class SkippedSteps:
         self.in_a_row = 0
 
     def skip(self, level: str, why: str, module: LightningModule) -> None:
-        """Count a step that is not taken, and say so.
-
-        Args:
-            level: ``inner`` or ``outer``.
-            why: What was not finite.
-            module: Logs the count; its trainer's last checkpoint is named where the run ends.
+        """Count a step of a level that is not taken, and say why; the module logs the count.
 
         Raises:
             TrainingError: If it is one too many.

@@ -40,10 +40,6 @@ def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str
 def newest_checkpoint(root: Path, training: bool) -> Path | None:
     """The newest checkpoint below a folder that can be gone on from, or ``None`` if there is none at all.
 
-    Args:
-        root: The folder.
-        training: Whether training is to go on, for which weights alone do not suffice.
-
     Raises:
         ConfigurationError: If there are checkpoints and none of them is of use.
     """

@@ -50,12 +50,8 @@ def read_checkpoint(path: Path, weights_only: bool = True, **options: Any) -> di
 def check_sums(path: Path, size: int, modified: int) -> None:
     """Compare all of a file with the checksums in it, once for each state of the file.
 
-    PyTorch writes checksums and does not look at them: a weight with a flipped bit would be loaded as it is.
-
-    Args:
-        path: The file.
-        size: Its size.
-        modified: When it was changed last.
+    PyTorch writes checksums and does not look at them: a weight with a flipped bit would be loaded as it is. Size and
+    time of the last change tell the states of a file apart.
 
     Raises:
         zipfile.BadZipFile: If they differ, or the file is no archive.

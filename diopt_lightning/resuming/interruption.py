@@ -74,14 +74,12 @@ class Interruption(Callback):
             self._common -= 1
             self._stop_if_told_to(trainer)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same as for a test."""
-        self.on_test_start(trainer, pl_module)
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let signals end a test at once: nothing is lost that a checkpoint could keep."""
+        """Let signals end a test, or a prediction, at once: nothing is lost that a checkpoint could keep."""
         self._leave_alone()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    on_predict_start = on_test_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening."""

@@ -7,11 +7,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @rank_zero_only
 def say(sentence: str, below_the_bar: bool = False) -> None:
-    """Say something on the standard error, on the first process.
-
-    Args:
-        sentence: What is said.
-        below_the_bar: Whether a progress bar may stand in the line.
-    """
+    """Say something on the standard error, on the first process; below a progress bar that may stand in the line."""
     bar = "\n" if below_the_bar else ""
     print(f"{bar}diopt: {sentence}", file=sys.stderr, flush=True)
