@@ -6,13 +6,13 @@ import lightning.pytorch as pl
 import numpy
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diopt_lightning.bilevel import Neumann, Unrolled
-from diopt_lightning.callbacks import RandomState, UnfinishedValidation
-from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
+from diopt_lightning.callbacks import OptimizerOptions, RandomState, UnfinishedValidation
+from diopt_lightning.resuming import WholeCheckpoints
 from tests.helpers import quiet_trainer
 from tests.test_bilevel_module import HyperCleaning, loaders
 
@@ -114,3 +114,17 @@ def test_a_checkpoint_after_any_batch_holds_all_of_an_unfinished_round(name, tmp
         assert validated[number] == [batch for batch in validated[-1] if batch >= number]
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), (number, key)
+
+
+def test_a_learning_rate_that_is_changed_counts_and_is_said_once(tmp_path, capfd):
+    def make(lr: float) -> Everything:
+        return Everything(outer_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr))
+
+    fit(lambda: make(0.1), EveryBatch(tmp_path), OptimizerOptions())
+    capfd.readouterr()
+    seen: list[float] = []
+    note = LambdaCallback(on_train_start=lambda trainer, _: seen.append(trainer.optimizers[1].param_groups[0]["lr"]))
+    fit(lambda: make(0.2), OptimizerOptions(), note, ckpt_path=tmp_path / "5.ckpt", weights_only=True)
+    assert seen == [0.2]
+    said = [line for line in capfd.readouterr().err.splitlines() if "in the checkpoint" in line]
+    assert said == ["diopt: `group 1 of optimizer 2: lr` is 0.2 and was 0.1 in the checkpoint: it is changed."]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import require_at_least
 
 Draw = tuple[int, int]
 """The index of a row, and a random number by which one of its references is chosen."""
@@ -55,8 +55,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
         rank: int = 0,
     ) -> None:
         super().__init__(cast(Any, range(len(lengths))), num_replicas=num_replicas, rank=rank, seed=seed)
-        if batch_size < 1:
-            raise ConfigurationError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        require_at_least(1, batch_size=batch_size)
         self.lengths = lengths
         self.batch_size = batch_size
         self.start = 0
@@ -113,8 +112,7 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
 
     def __init__(self, lengths: Sequence[int], batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(cast(Any, range(len(lengths))), num_replicas=num_replicas, rank=rank, shuffle=False)
-        if batch_size < 1:
-            raise ConfigurationError(f"`evaluation_batch_size` must be 1 or more, got {batch_size}.")
+        require_at_least(1, evaluation_batch_size=batch_size)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         mine = [(index, 0) for index in order[rank::num_replicas]]
         self.batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
