@@ -138,11 +138,9 @@ class BilevelModule(TwoLevels):
         recorded = self._round.restore(inner_batch, outer_batch, self.device)
         if recorded is not None:
             self._return_to_the_round(recorded, outer_batch)
-        self.inner_batches_seen += 1
-        complete = self._round.add_batches(inner_batch, outer_batch, self.inner_batches_seen, self.device)
-        losses = {"inner_loss": self._accumulate(inner_batch, complete)}
-        self.log("inner_loss", losses["inner_loss"], prog_bar=True)
-        if complete and self._inner_step(outer_batch) and self.inner_steps_taken % self.inner_steps == 0:
+        inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
+        losses = {"inner_loss": inner_loss}
+        if stepped and self.inner_steps_taken % self.inner_steps == 0:
             outer_loss = self._outer_step()
             if outer_loss is not None:
                 losses["outer_loss"] = outer_loss
@@ -153,15 +151,21 @@ class BilevelModule(TwoLevels):
         with constants(self.outer_parameters()):
             return self.add_gradient(self.inner_loss, batch, self.inner_level.accumulation, exchange=complete)
 
-    def _inner_step(self, outer_batch: Any) -> bool:
-        """Move the inner parameters along the accumulated gradient; return whether that was possible."""
+    def _inner_step(self, batch: Any, outer_batch: Any) -> tuple[Tensor, bool]:
+        """Accumulate a gradient, and move the inner parameters along it if it is complete; return loss and whether."""
+        self.inner_batches_seen += 1
+        complete = self._round.add_batches(batch, outer_batch, self.inner_batches_seen, self.device)
+        loss = self._accumulate(batch, complete)
+        self.log("inner_loss", loss, prog_bar=True)
+        if not complete:
+            return loss, False
         optimizer, parameters = self.optimizers()[0], self.inner_parameters()  # type: ignore[index]
         norm = gradient_norm(parameters)
         if not norm.isfinite():
             optimizer.zero_grad()
             self._round.drop_step()
             self._skipped.skip("inner", f"the norm of the inner gradient is {norm.item()}.", self)
-            return False
+            return loss, False
         batches = list(self._round.inner_batches)
         self._round.steps.append(batches)
         self.hypergradient.observe(self.problem(batches, outer_batch))
@@ -169,7 +173,7 @@ class BilevelModule(TwoLevels):
         self.inner_steps_taken += 1
         self._skipped.taken()
         self.log("inner_gradient_norm", norm)
-        return True
+        return loss, True
 
     def _outer_step(self) -> Tensor | None:
         """Move the outer parameters along the hypergradient of the last pairs of batches.
