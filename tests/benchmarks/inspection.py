@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
-from diopt_lightning.cli import OPTIONS, DioptCLI
+from diopt_lightning.cli import DioptCLI
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
 from diopt_lightning.instructions import EmbedderDP
+from diopt_lightning.rebuilding import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
