@@ -212,11 +212,11 @@ def test_two_processes_evaluate_an_odd_number_of_instances_once(blank_exemplars,
 class Echo(InstructionTuning):
     """Predicts the first two instances of a task as they should be, and the others wrongly."""
 
-    def _predict(self, batch: Batch) -> list[Prediction]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
         numbers = batch.instance.tolist()
         return [
             row | {"prediction": row["references"][0] if number < 2 else "other"}
-            for row, number in zip(super()._predict(batch), numbers, strict=True)
+            for row, number in zip(super().predict_step(batch, batch_idx), numbers, strict=True)
         ]
 
 
