@@ -47,6 +47,7 @@ from tests.forms import (
     batch_of,
     built,
     check_description,
+    check_gradient,
     check_what_is_left,
     some_tasks,
     some_tokenizer,
@@ -74,8 +75,16 @@ def backbone(tokenizer):
     return backbone
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("form", FORMS)
+# Whole runs of one form of each class are quick tests, those of its variants are slow ones.
+FIRST = {type(form.make()): name for name, form in reversed(FORMS.items())}.values()
+
+
+def marked(form: str, check: Any) -> Any:
+    slow = form not in FIRST and check not in (check_gradient, check_description)
+    return pytest.param(form, check, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("form", "check"), [marked(form, check) for form in FORMS for check in CHECKS])
 def test_what_holds_of_every_form(form, check, tmp_path):
     check(FORMS[form], tmp_path)
 

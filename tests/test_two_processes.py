@@ -134,7 +134,8 @@ def check(estimator: str, form: str, precision: str, rounds: int, root: Path) ->
     assert_equal(one, two, {"32-true": 1e-5, "64-true": 1e-10}[precision])
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+# All of them do so over twenty rounds below, and with a small network in tests/test_bilevel_module.py.
+@pytest.mark.parametrize("estimator", ["neumann_step_size", "chebyshev", "unrolled", "natural_low_rank"])
 def test_two_processes_equal_one_with_the_double_batch(estimator, root):
     check(estimator, "embedder", "64-true", 3, root)
 

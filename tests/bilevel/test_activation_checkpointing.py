@@ -366,10 +366,15 @@ LARGER = {"vocab_size": 50, "num_layers": 6, "d_model": 16, "d_kv": 4, "num_head
 @pytest.mark.parametrize(
     "config",
     [
-        T5Config(**LARGER, feed_forward_proj="gated-gelu", decoder_start_token_id=0),
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4),
+        pytest.param(T5Config(**LARGER, feed_forward_proj="gated-gelu", decoder_start_token_id=0), id="T5"),
+        pytest.param(
+            LlamaConfig(
+                vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4
+            ),
+            id="Llama",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["T5", "Llama"],
 )
 def test_a_hypergradient_takes_much_less_memory(config):
     problem, model = language_model(config, train=False, batch=8, length=32)
