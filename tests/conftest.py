@@ -16,7 +16,8 @@ from diopt_lightning.data.synthetic import WORDS, BlankExemplars, word_tokenizer
 from tests.tolerances import Recorder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-ALL_THREADS = torch.get_num_threads()
+# The processes that tests run in share the cores.
+THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 TINY_T5 = {
     "model_type": "t5",
     "d_model": 16,
@@ -38,6 +39,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tolerances", metavar="FILE", help="append to FILE what assertions use of their tolerance")
 
 
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says figures that the end of the run prints, from whichever process a test runs in."""
+    return lambda said: record_property("figures", said)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests have measured."""
+    reports = [report for of_kind in terminalreporter.stats.values() for report in of_kind]
+    ended = [report for report in reports if getattr(report, "when", None) == "call"]
+    said = [str(value) for report in ended for name, value in report.user_properties if name == "figures"]
+    if said:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(said))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Record what assertions use of their tolerances, where asked to."""
     if config.getoption("--tolerances"):
@@ -55,7 +72,7 @@ def _run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _compute_small_things_on_one_thread(request: pytest.FixtureRequest) -> None:
     """The models of quick tests take longer on two threads than on one; slow tests run as a user's command does."""
     slow = request.node.get_closest_marker("slow")
-    torch.set_num_threads(ALL_THREADS if slow else request.config.getoption("--threads"))
+    torch.set_num_threads(THREADS if slow else request.config.getoption("--threads"))
 
 
 @pytest.fixture

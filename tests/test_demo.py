@@ -51,15 +51,16 @@ def found(root: Path) -> float:
         for seed in (0, 1, 2)
     ],
 )
-def test_the_real_exemplar_is_found(tmp_path, candidates, seed, capsys):
+def test_the_real_exemplar_is_found(tmp_path, candidates, seed, figures):
     learned, random = tmp_path / "learned", tmp_path / "random"
     size = [f"--data.tasks.exemplars={candidates}", f"--model.instruction.candidates={candidates}"]
     with_learned = run("demo.yaml", seed, learned, *size)
     with_random = run("demo_random_exemplars.yaml", seed, random, *size)
-    with capsys.disabled():  # the README's figures
-        print(f"\nN={candidates} seed={seed}: found {found(learned):.3f}", end="")
-        for name in ("test/loss", "test/exact_match"):
-            print(f"; {name}: learned {with_learned[name]:.3f}, random {with_random[name]:.3f}", end="")
+    of_both = (
+        f"{name}: learned {with_learned[name]:.3f}, random {with_random[name]:.3f}"
+        for name in ("test/loss", "test/exact_match")
+    )
+    figures("; ".join([f"N={candidates} seed={seed}: found {found(learned):.3f}", *of_both]))  # the README's
     assert found(learned) >= 0.9
     assert with_learned["test/loss"] < 0.9 * with_random["test/loss"]
     assert with_learned["test/exact_match"] > with_random["test/exact_match"] + 5
@@ -69,10 +70,8 @@ def test_the_real_exemplar_is_found(tmp_path, candidates, seed, capsys):
 @pytest.mark.filterwarnings("default::diopt_lightning.bilevel.ConvergenceWarning")
 @MORE
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_real_exemplar_is_found_by_instance_conversion(tmp_path, seed, capsys):
+def test_the_real_exemplar_is_found_by_instance_conversion(tmp_path, seed, figures):
     metrics = run("demo_extractor_ic.yaml", seed, tmp_path)
-    with capsys.disabled():
-        print(f"\nIC seed={seed}: found {found(tmp_path):.3f}", end="")
-        print(f"; test/exact_match: {metrics['test/exact_match']:.3f}", end="")
+    figures(f"IC seed={seed}: found {found(tmp_path):.3f}; test/exact_match: {metrics['test/exact_match']:.3f}")
     assert found(tmp_path) >= 0.9
     assert metrics["test/exact_match"] > 10  # random exemplars: 0 to 3, in the test above

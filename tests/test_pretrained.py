@@ -58,7 +58,7 @@ def mean_losses(module: InstructionOptimization, data: NaturalInstructionsDataMo
     return {"inner": sum(inner) / len(inner), "outer": sum(outer) / len(outer)}
 
 
-def test_a_real_model_learns_on_real_tasks_in_little_memory(smollm2, real_data, tmp_path, capsys):
+def test_a_real_model_learns_on_real_tasks_in_little_memory(smollm2, real_data, tmp_path, figures):
     arguments = [
         *("--config", str(CONFIG), f"--model.backbone.pretrained={smollm2}", f"--data.tokenizer={smollm2}"),
         *(f"--data.root={real_data}", f"--data.cache_dir={tmp_path}/cache", "--trainer.enable_progress_bar=false"),
@@ -80,10 +80,11 @@ def test_a_real_model_learns_on_real_tasks_in_little_memory(smollm2, real_data, 
     after = mean_losses(module, data)
     diopt("test", *arguments, f"--ckpt_path={checkpoint}")
     metrics = json.loads((tmp_path / "lightning_logs" / "version_1" / "metrics.json").read_text())
-    with capsys.disabled():
-        said = ", ".join(f"{level} loss {before[level]:.2f} -> {after[level]:.2f}" for level in before)
-        print(f"\nSmolLM2: {said}; test/rougeL {metrics['test/rougeL']:.1f}; peak {gigabytes:.1f} GB", end="")
-        print(f"; checkpoint {checkpoint.stat().st_size / 1e6:.0f} MB", end="")
+    said = ", ".join(f"{level} loss {before[level]:.2f} -> {after[level]:.2f}" for level in before)
+    figures(
+        f"SmolLM2: {said}; test/rougeL {metrics['test/rougeL']:.1f}; peak {gigabytes:.1f} GB; "
+        f"checkpoint {checkpoint.stat().st_size / 1e6:.0f} MB"
+    )
     assert all(after[level] < before[level] for level in before)
     assert metrics["test/rougeL"] > 0
     assert gigabytes < 8

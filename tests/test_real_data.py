@@ -38,7 +38,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("config", ["extractor_dp", "embedder_dp", "definition"])
-def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, token_cache, tmp_path, capsys):
+def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, token_cache, tmp_path, figures):
     path = ROOT / "configs" / "super_natural_instructions" / f"{config}.yaml"
     arguments = [
         f"--data.root={real_data}",
@@ -76,7 +76,6 @@ def test_trains_and_tests_on_the_real_tasks(config, real_data, t5_tokenizer, tok
     assert len({prediction["id"] for prediction in predictions}) == len(predictions) == 25 * 100
     metrics = json.loads((folder / "metrics.json").read_text())
     said = {name: round(value, 3) for name, value in sorted(metrics.items()) if name.count("/") == 1}
-    with capsys.disabled():
-        print(f"\n{config}: {said}", end="")
+    figures(f"{config}: {said}")
     assert all(0 <= metrics[f"test/{name}/task/{task}"] <= 100 for task in listed for name in ("rougeL", "exact_match"))
     assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] == str(checkpoint)

@@ -926,14 +926,11 @@ def test_fit_takes_texts_that_are_odd_and_right(folder, capfd):
     COUNTS["diopt fit"]["read"] += 1
 
 
-def test_the_counts(capsys):
+def test_the_counts(figures):
     if not COUNTS:
         pytest.skip("counts what the other tests of this file have checked")
     width = max(map(len, COUNTS))
     totals = sum(COUNTS.values(), Counter())
-    with capsys.disabled():
-        print()
-        for kind, outcomes in [*COUNTS.items(), ("together", totals)]:
-            print(
-                f"{kind:{width}} ", ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(outcomes.items()))
-            )
+    for kind, outcomes in [*COUNTS.items(), ("together", totals)]:
+        counts = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(outcomes.items()))
+        figures(f"{kind:{width}}  {counts}")
