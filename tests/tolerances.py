@@ -1,4 +1,4 @@
-"""How much of its tolerance every numerical assertion uses: ``pytest --tolerances FILE``.
+"""How much of its tolerance every numerical assertion uses: ``pytest --tolerances=FILE``.
 
 An assertion that holds with a tolerance used almost up fails on the next processor, which adds in another order. So the
 share of its tolerance that an assertion used, the largest of (error / (atol + rtol |expected|)) over all entries, is
@@ -11,13 +11,14 @@ The kernels that PyTorch has for several processors and numbers of threads add i
 
     for threads in 1 2; do
         for capability in default avx2 ""; do
-            ATEN_CPU_CAPABILITY=$capability pytest --threads $threads --tolerances /tmp/shares.tsv
+            ATEN_CPU_CAPABILITY=$capability pytest --threads=$threads --tolerances=/tmp/shares.tsv
         done
     done
     python -m tests.tolerances /tmp/shares.tsv       # all settings side by side
     python -m tests.tolerances /tmp/shares.tsv 0.1   # with all above a tenth
 
 An empty capability is the best that the processor has: on one without AVX-512 it is avx2 again.
+(A file that exists and is named without the `=` is taken for one of tests, before pytest knows the option.)
 """
 
 import csv
