@@ -21,6 +21,7 @@ from diopt_lightning.bilevel import (
     Neumann,
     Nystrom,
     Penalty,
+    Unrolled,
 )
 from diopt_lightning.callbacks import Results
 from tests.estimators import Claim, claiming
@@ -387,3 +388,75 @@ def test_results_have_an_outer_loss_for_every_outer_step_alone(tmp_path):
     assert all(row[1] for row in rows[1:])
     assert [row[0] for row in rows[1:] if row[2]] == ["3", "6"]
     assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
+class Bringing(HyperCleaning):
+    """What a user may bring beside the parameters of the example."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.frozen, self.loose = nn.Linear(1, 1).requires_grad_(False), torch.ones(2, requires_grad=True)
+        self.phase, self.lazy = nn.Parameter(torch.zeros(2, dtype=torch.complex128)), nn.LazyLinear(1)
+        self.table = nn.Embedding(2, 1, sparse=True)
+
+    def inner_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+
+def bringing(**changes: Any) -> HyperCleaning:
+    """A module with other methods, which are functions of it, or other options."""
+    methods = {name: changes.pop(name) for name in list(changes) if hasattr(HyperCleaning, name)}
+    return type("Changed", (Bringing,), methods)(**changes)
+
+
+@pytest.mark.parametrize("estimator", [Neumann(terms=2, step_size=0.05), Penalty(steps=2), Unrolled()])
+def test_parameters_may_come_from_a_generator_and_twice(estimator):
+    trained = []
+    for changes in (
+        {},
+        {"outer_parameters": lambda module: (p for p in [module.weights])},
+        {"inner_parameters": lambda module: module.model.parameters()},
+        {"outer_parameters": lambda module: [module.weights] * 2},
+        {"inner_parameters": lambda module: [*module.model.parameters()] * 2},
+    ):
+        module = bringing(**changes, hypergradient=copy.deepcopy(estimator), inner_steps=2)
+        quiet_trainer(max_steps=4).fit(module, loaders())
+        assert module.outer_steps_taken == 2
+        trained.append([*module.model.parameters(), module.weights])
+    assert all(torch.equal(a, b) for other in trained[1:] for a, b in zip(trained[0], other, strict=True))
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"outer_parameters": lambda m: []}, r"`outer_parameters\(\)` of Changed is empty"),
+        ({"inner_parameters": lambda m: iter(())}, r"`inner_parameters\(\)` of Changed is empty"),
+        ({"outer_parameters": lambda m: None}, r"`outer_parameters\(\)` of Changed returned NoneType"),
+        ({"outer_parameters": lambda m: m.weights}, r"`outer_parameters\(\)` of Changed returned Parameter"),
+        ({"inner_parameters": lambda m: m.model.state_dict()}, r"`inner_parameters\(\)` .* returned OrderedDict"),
+        ({"inner_parameters": lambda m: m.model.named_parameters()}, r"Entry 0 .* is tuple and no parameter"),
+        ({"outer_parameters": lambda m: [m.weights, m.loose]}, r"Entry 1 of `outer_parameters\(\)`.* of shape \(2,\)"),
+        ({"outer_parameters": lambda m: [2 * m.weights]}, "is no parameter of the module"),
+        ({"outer_parameters": lambda m: m.frozen.parameters()}, "`frozen.weight` .* does not require a gradient"),
+        ({"outer_parameters": lambda m: [m.phase]}, "`phase` of .* is torch.complex128"),
+        ({"inner_parameters": lambda m: m.lazy.parameters()}, "`lazy.weight` of .* has no shape yet"),
+        ({"inner_parameters": lambda m: m.table.parameters()}, "`table` has sparse gradients"),
+        ({"inner_parameters": lambda m: [*m.model.parameters(), m.weights]}, "`weights` of .* is both inner and outer"),
+        ({"inner_loss": lambda m, batch: {"loss": 1.0}}, "`inner_loss` returned dict, expected a scalar tensor"),
+        ({"inner_loss": lambda m, batch: m.model(batch[0])}, r"`inner_loss` returned a tensor of shape \(4, 1\)"),
+        ({"inner_loss": lambda m, batch: torch.ones(())}, "`inner_loss` returned a tensor without a gradient graph"),
+        ({"outer_loss": lambda m, batch: (torch.ones(()), 1)}, "`outer_loss` returned tuple, expected a scalar tensor"),
+        ({"inner_optimizer": sgd([nn.Parameter(torch.ones(1))])}, "`inner_optimizer` is SGD, and must be a function"),
+        ({"outer_optimizer": lambda parameters: None}, "`outer_optimizer` made NoneType"),
+        ({"inner_optimizer": lambda parameters: sgd(parameters[:1])}, "SGD with 1 of the 4 parameters"),
+        ({"outer_optimizer": lambda p: sgd([nn.Parameter(torch.ones(1))])}, "0 of the 1 parameters .* and 1 others"),
+        ({"inner_optimizer": torch.optim.LBFGS}, "`inner_optimizer` is LBFGS, which evaluates the loss several times"),
+    ],
+)
+def test_what_a_level_cannot_be_trained_with_is_named(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        quiet_trainer(max_steps=2).fit(bringing(**change), loaders())

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diopt_lightning.bilevel.vectors import Average, identity
+from diopt_lightning.errors import ConfigurationError
 
 Loss = Callable[[], Tensor]
 """Computes a scalar at the current values of the parameters."""
@@ -25,7 +26,7 @@ class MicroBatches:
             target tokens). Default: all equal.
 
     Raises:
-        ValueError: If there is no part, or a weight is missing or not positive.
+        ConfigurationError: If there is no part, or a weight is missing or not positive.
     """
 
     losses: Sequence[Loss]
@@ -33,11 +34,11 @@ class MicroBatches:
 
     def __post_init__(self) -> None:
         if not self.losses:
-            raise ValueError("`losses` of MicroBatches is empty: a loss needs at least one part.")
+            raise ConfigurationError("`losses` of MicroBatches is empty: a loss needs at least one part.")
         if self.weights is not None and len(self.weights) != len(self.losses):
-            raise ValueError(f"MicroBatches has {len(self.losses)} losses and {len(self.weights)} weights.")
+            raise ConfigurationError(f"MicroBatches has {len(self.losses)} losses and {len(self.weights)} weights.")
         if self.weights is not None and not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"The weights of MicroBatches must be positive, got {list(self.weights)}.")
+            raise ConfigurationError(f"The weights of MicroBatches must be positive, got {list(self.weights)}.")
 
     def parts(self) -> list[tuple[Loss, float]]:
         """Each part's loss and its weight; the weights sum to one."""
@@ -67,7 +68,7 @@ class BilevelProblem:
             Default: no limit.
 
     Raises:
-        ValueError: If a group is empty, a parameter does not require a gradient, or one stands in both groups.
+        ConfigurationError: If a group is empty, a parameter does not require a gradient, or one stands in both groups.
 
     Example:
         >>> import torch
@@ -94,10 +95,12 @@ class BilevelProblem:
         for name in ("inner_parameters", "outer_parameters"):
             parameters = list({id(tensor): tensor for tensor in getattr(self, name)}.values())
             if not parameters:
-                raise ValueError(f"`{name}` is empty: a bilevel problem needs at least one parameter at each level.")
+                raise ConfigurationError(
+                    f"`{name}` is empty: a bilevel problem needs at least one parameter at each level."
+                )
             for position, tensor in enumerate(parameters):
                 if not tensor.requires_grad:
-                    raise ValueError(
+                    raise ConfigurationError(
                         f"`{name}[{position}]` of shape {tuple(tensor.shape)} does not require a gradient: "
                         "call `.requires_grad_()` on it or leave it out."
                     )
@@ -105,7 +108,7 @@ class BilevelProblem:
         outer = {id(tensor) for tensor in self.outer_parameters}
         shared = [tuple(tensor.shape) for tensor in self.inner_parameters if id(tensor) in outer]
         if shared:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{len(shared)} parameter(s) of shape {shared} are both inner and outer: a parameter belongs to one "
                 "level. Remove them from `inner_parameters` or from `outer_parameters`."
             )
@@ -141,12 +144,12 @@ def scalar(loss: Tensor, name: str) -> Tensor:
     """Return ``loss`` as a zero-dimensional tensor.
 
     Raises:
-        ValueError: If it is no tensor of one element.
+        ConfigurationError: If it is no tensor of one element.
     """
     if not isinstance(loss, Tensor):
-        raise ValueError(f"`{name}` returned {type(loss).__name__}, expected a scalar tensor.")
+        raise ConfigurationError(f"`{name}` returned {type(loss).__name__}, expected a scalar tensor.")
     if loss.numel() != 1:
-        raise ValueError(
+        raise ConfigurationError(
             f"`{name}` returned a tensor of shape {tuple(loss.shape)}: reduce it to a scalar (mean or sum)."
         )
     return loss.reshape(())
@@ -156,10 +159,10 @@ def differentiable(loss: Tensor, name: str) -> Tensor:
     """Return ``loss`` if it has a graph to differentiate.
 
     Raises:
-        ValueError: If it has none.
+        ConfigurationError: If it has none.
     """
     if not loss.requires_grad:
-        raise ValueError(
+        raise ConfigurationError(
             f"`{name}` returned a tensor without a gradient graph: it was computed under `no_grad` or "
             "`inference_mode`, was detached, or depends on no parameter."
         )

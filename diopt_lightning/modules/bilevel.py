@@ -12,6 +12,7 @@ from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import constants, gradient_norm
 from diopt_lightning.modules.levels import Level, TwoLevels
+from diopt_lightning.modules.parameters import once
 from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
 from diopt_lightning.modules.unfinished_round import UnfinishedRound
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
@@ -159,7 +160,7 @@ class BilevelModule(TwoLevels):
         self.log("inner_loss", loss, prog_bar=True)
         if not complete:
             return loss, False
-        optimizer, parameters = self.optimizers()[0], self.inner_parameters()  # type: ignore[index]
+        optimizer, parameters = self.optimizers()[0], once(self.inner_parameters())  # type: ignore[index]
         norm = gradient_norm(parameters)
         if not norm.isfinite():
             optimizer.zero_grad()
@@ -183,7 +184,7 @@ class BilevelModule(TwoLevels):
         """
         # The plain optimizer: a step of Lightning's wrapper would count in `trainer.global_step`.
         optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
-        parameters = self.outer_parameters()
+        parameters = once(self.outer_parameters())
         pairs, sent = list(self._round.pairs), self._average.bytes
         self._round.pairs.clear()
         try:

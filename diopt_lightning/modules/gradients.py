@@ -1,6 +1,6 @@
 """Gradients of parameters, and the modes of modules, around a step of training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,9 @@ from diopt_lightning.bilevel.vectors import norm
 
 
 @contextmanager
-def constants(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def constants(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Treat parameters as constants meanwhile: no graph for them, and no gradient in their ``.grad``."""
+    parameters = list(parameters)
     required = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(False)

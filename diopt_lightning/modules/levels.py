@@ -18,6 +18,7 @@ from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
+from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
 from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling
 
 
@@ -48,6 +49,11 @@ class Level:
     def __post_init__(self) -> None:
         accumulation: dict[str, Any] = {f"{self.name}_accumulation": self.accumulation}
         require_at_least(1, **accumulation)
+        if not callable(self.make_optimizer):
+            raise ConfigurationError(
+                f"`{self.name}_optimizer` is {type(self.make_optimizer).__name__}, and must be a function that makes "
+                "one: `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`."
+            )
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigurationError(f"`{self.name}_gradient_clip` must be positive or null, got {self.gradient_clip}.")
 
@@ -55,9 +61,9 @@ class Level:
         """Make optimizer and scheduler, as Lightning's ``configure_optimizers`` returns them.
 
         Raises:
-            ConfigurationError: If the scheduler needs a metric.
+            ConfigurationError: If the optimizer is of no use here, or the scheduler needs a metric.
         """
-        optimizer = self.make_optimizer(parameters)
+        optimizer = check_optimizer(self.name, self.make_optimizer(parameters), parameters)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.make_scheduler(optimizer)
@@ -139,13 +145,16 @@ class TwoLevels(MicroBatched, ABC):
         """Make both optimizers and their schedulers; the inner level comes first.
 
         Raises:
-            ConfigurationError: If the trainer's strategy cannot carry the estimator, or a scheduler needs a metric.
+            ConfigurationError: If the trainer's strategy cannot carry the estimator, parameters or an optimizer of a
+                level cannot be trained or train, or a scheduler needs a metric.
         """
         if self._trainer is not None:
             # Before an optimizer meets a strategy that fails with it, and names no way out.
             check_strategy(self.trainer, self.hypergradient)
-        inner = self.inner_level.configure(self.inner_parameters())
-        return inner, self.outer_level.configure(self.outer_parameters())  # type: ignore[return-value]
+        phi = check_parameters("outer", self.outer_parameters(), self)
+        theta = check_parameters("inner", self.inner_parameters(), self)
+        check_levels(theta, phi, self)
+        return self.inner_level.configure(theta), self.outer_level.configure(phi)  # type: ignore[return-value]
 
     def on_fit_start(self) -> None:
         """Refuse what cannot work, and let all processes start from the same outer parameters.

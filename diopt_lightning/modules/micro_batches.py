@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diopt_lightning.bilevel import MicroBatches, ProcessAverage
 from diopt_lightning.bilevel.distributed import several_processes
-from diopt_lightning.bilevel.problem import Loss
+from diopt_lightning.bilevel.problem import Loss, differentiable, scalar
 from diopt_lightning.errors import ConfigurationError
 
 
@@ -67,19 +67,22 @@ class MicroBatched(pl.LightningModule):
         return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
 
     def add_gradient(self, loss: Callable[[Any], Tensor], batch: Any, accumulation: int, exchange: bool) -> Tensor:
-        """Add a share, one of ``accumulation``, of the gradient of a loss to ``.grad``, one micro-batch at a time.
+        """Add a share, one of ``accumulation``, of the inner loss's gradient to ``.grad``, one micro-batch at a time.
 
         With the last backward pass processes exchange what has been accumulated, if that is asked for.
 
         Returns:
             The loss of the global batch, a detached scalar.
+
+        Raises:
+            ConfigurationError: If the loss is no scalar, or has no gradient.
         """
         parts = self.weighted_parts(batch)
         factor = process_weight(self.batch_weight(batch), self._average, self.device)
         total = torch.zeros((), device=self.device)
         for number, (part, weight) in enumerate(parts, start=1):
             with self._exchange(exchange and number == len(parts)):
-                value = factor * weight * loss(part)
+                value = factor * weight * differentiable(scalar(loss(part), "inner_loss"), "inner_loss")
                 self.manual_backward(value / accumulation)
             total = total + value.detach()
         (mean,) = self._average([total])
@@ -102,8 +105,10 @@ class MicroBatched(pl.LightningModule):
 
 
 def scaled(loss: Callable[[Any], Tensor], batch: Any, factor: float) -> Tensor:
-    """A multiple of the loss of a batch; the loss itself where the factor is one, whatever it is."""
-    return loss(batch) if factor == 1.0 else factor * loss(batch)
+    """A multiple of the loss of a batch; the loss itself where the factor is one."""
+    value = loss(batch)
+    # What is no tensor, the engine refuses by its name.
+    return value if factor == 1.0 or not isinstance(value, Tensor) else factor * value
 
 
 def process_weight(weight: float, average: ProcessAverage, device: torch.device) -> float:

@@ -14,6 +14,7 @@ from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, 
 from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
 from diopt_lightning.bilevel.warning import ConvergenceWarning
+from diopt_lightning.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class HypergradientEstimator(ABC):
         """Estimate the hypergradient of ``problem`` at the current values of its parameters.
 
         Raises:
-            ValueError: If a loss is no scalar or does not depend on the parameters that it should depend on.
-            ConfigurationError: If the model cannot be differentiated as asked, or something is missing.
+            ConfigurationError: If a loss is no scalar or does not depend on what it should depend on, the model cannot
+                be differentiated as asked, or something is missing.
             FloatingPointError: If a value is not finite; the message names the place.
         """
 
@@ -78,7 +79,7 @@ class HypergradientEstimator(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         if state:
-            raise ValueError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
+            raise ConfigurationError(f"{type(self).__name__} has no state, got that of another: {sorted(state)}.")
 
     def recorded_state(self, number: int) -> list[dict[str, Any]]:
         """Return what is on record of the last ``number`` inner steps, without their losses (numbers and tensors).
@@ -90,7 +91,7 @@ class HypergradientEstimator(ABC):
     def restore_recorded(self, states: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
         """Put steps on record again, from what :meth:`recorded_state` returned and the inner losses of the steps."""
         if states:
-            raise ValueError(f"{type(self).__name__} remembers no steps, got those of another.")
+            raise ConfigurationError(f"{type(self).__name__} remembers no steps, got those of another.")
 
     def warn_once(self, message: str) -> None:
         """Warn that a hypergradient should not be trusted; nothing after the first time."""
@@ -120,7 +121,7 @@ def outer_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:
     r"""Return the outer loss, :math:`v_0 = \partial L_{val}/\partial\theta` and :math:`\partial L_{val}/\partial\phi`.
 
     Raises:
-        ValueError: If the outer loss is no scalar or depends on none of the inner parameters.
+        ConfigurationError: If the outer loss is no scalar or depends on none of the inner parameters.
         FloatingPointError: If one of them is not finite.
     """
     return gradients(problem, problem.outer_parts(), "outer_loss")
@@ -130,7 +131,7 @@ def inner_gradients(problem: BilevelProblem) -> tuple[Tensor, Vector, Vector]:
     r"""Return the inner loss, :math:`\partial L_{train}/\partial\theta` and :math:`\partial L_{train}/\partial\phi`.
 
     Raises:
-        ValueError: If the inner loss is no scalar or depends on none of the inner parameters.
+        ConfigurationError: If the inner loss is no scalar or depends on none of the inner parameters.
         FloatingPointError: If one of them is not finite.
     """
     return gradients(problem, problem.inner_parts(), "inner_loss")
@@ -148,7 +149,7 @@ def gradients(problem: BilevelProblem, parts: Sequence[tuple[Loss, float]], name
         total = add(total, as_vector(found, [*inner, *outer]), weight)
         value = value + weight * loss.detach()
     if not reached:
-        raise ValueError(
+        raise ConfigurationError(
             f"`{name}` depends on none of the `inner_parameters`: without that link a hypergradient is zero or needs "
             "no bilevel optimization."
         )

@@ -140,8 +140,8 @@ class Product(ABC):
         """Hold what products at the current point need, for as long as the context is open.
 
         Raises:
-            ConfigurationError: If the problem cannot be differentiated in this way; the message names what can.
-            ValueError: If the inner loss is no scalar or depends on none of the inner parameters.
+            ConfigurationError: If the problem cannot be differentiated in this way (the message names what can), or the
+                inner loss is no scalar or depends on none of the inner parameters.
         """
         if any_sharded(problem.inner_parameters) and not self.supports_sharding:
             raise ConfigurationError(

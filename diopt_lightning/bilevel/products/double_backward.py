@@ -10,6 +10,7 @@ from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products.base import ExactLinearization, Linearization, OnceDifferentiableError, Product
 from diopt_lightning.bilevel.products.second_order import second_order
 from diopt_lightning.bilevel.vectors import Vector, as_vector
+from diopt_lightning.errors import ConfigurationError
 
 
 class DoubleBackward(Product):
@@ -98,10 +99,10 @@ def check_reached(gradient: Sequence[Tensor | None]) -> None:
     """Raise where the inner loss depends on no inner parameter.
 
     Raises:
-        ValueError: If all entries are ``None``.
+        ConfigurationError: If all entries are ``None``.
     """
     if all(entry is None for entry in gradient):
-        raise ValueError(
+        raise ConfigurationError(
             "`inner_loss` depends on none of the `inner_parameters`: there is nothing to optimize. (Checkpointing with "
             "`use_reentrant=True` hides parameters; with `use_reentrant=False` it does not.)"
         )
