@@ -44,8 +44,9 @@ class BilevelModule(TwoLevels):
             implementation.
         inner_optimizer: Makes the optimizer of theta. Default: AdamW with learning rate 1e-5.
         outer_optimizer: Makes the optimizer of phi. Default: Adam with learning rate 1e-2.
-        inner_scheduler: Makes a learning rate scheduler that advances after every inner optimizer step.
-        outer_scheduler: Makes a learning rate scheduler that advances after every outer optimizer step.
+        inner_scheduler: Makes a learning rate scheduler that advances after every inner optimizer step, e.g.
+            :class:`~diopt_lightning.modules.LinearWithWarmup`.
+        outer_scheduler: The same for every outer optimizer step.
         inner_gradient_clip: Largest norm of the inner gradient; ``null`` for no limit. Default: 1, as in the paper.
         outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.

@@ -18,6 +18,7 @@ from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.gradients import gradient_norm
 from diopt_lightning.modules.micro_batches import process_weight
+from diopt_lightning.modules.schedules import end_with_the_run
 from diopt_lightning.modules.skipping import SkippedSteps
 from diopt_lightning.modules.strategies import scales_losses, sharding_mesh
 
@@ -41,7 +42,8 @@ class InstructionTuning(InstructionEvaluation):
         instruction: An instruction to put before the input, learned together with theta where it has parameters.
         optimizer: Makes the optimizer. Default: AdamW with learning rate 1e-5, as for the inner level.
         instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
-        scheduler: Makes a learning rate scheduler that advances after every optimizer step.
+        scheduler: Makes a learning rate scheduler that advances after every optimizer step, e.g.
+            :class:`~diopt_lightning.modules.LinearWithWarmup`.
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
         options: ``max_new_tokens`` and ``instructed_evaluation``, as in
             :class:`~diopt_lightning.InstructionOptimization`.
@@ -74,6 +76,10 @@ class InstructionTuning(InstructionEvaluation):
         self.scheduler = scheduler
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
+
+    def on_train_start(self) -> None:
+        """Let a schedule end with the run."""
+        end_with_the_run(self.trainer, {None: self.trainer.estimated_stepping_batches})
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of train tasks; an outer batch is left unused."""

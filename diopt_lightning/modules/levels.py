@@ -19,6 +19,7 @@ from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
+from diopt_lightning.modules.schedules import end_with_the_run, steps_of_a_run
 from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling
 
 
@@ -102,6 +103,7 @@ class TwoLevels(MicroBatched, ABC):
     hypergradient: HypergradientEstimator
     inner_level: Level
     outer_level: Level
+    inner_steps: int
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:
@@ -170,6 +172,11 @@ class TwoLevels(MicroBatched, ABC):
         for parameter in self.outer_parameters():
             # By way of the CPU: a broadcast tensor arrives on the device that it was sent from.
             parameter.data.copy_(self.trainer.strategy.broadcast(parameter.data.cpu()))
+
+    def on_train_start(self) -> None:
+        """Let schedules end with the run."""
+        inner = steps_of_a_run(self.trainer, self.inner_level.accumulation)
+        end_with_the_run(self.trainer, {"lr-inner": inner, "lr-outer": inner / self.inner_steps})
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
