@@ -8,10 +8,11 @@ from transformers import get_linear_schedule_with_warmup
 
 from diopt_lightning import ConfigurationError, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.modules import LinearWithWarmup
+from diopt_lightning.instructions import CandidatePool, Composition, EmbedderDP, ExtractorIC
+from diopt_lightning.modules import LinearWithWarmup, ParameterGroup
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
-from tests.runs import data
+from tests.runs import Moved, data, optimization
 from tests.test_bilevel_module import HyperCleaning, loaders
 
 
@@ -86,3 +87,88 @@ def test_a_schedule_that_cannot_know_its_end_is_refused():
         quiet_trainer(max_steps=3).fit(
             HyperCleaning(inner_scheduler=lambda optimizer: LinearWithWarmup(optimizer, 5)), loaders()
         )
+
+
+NO_DECAY = ParameterGroup({"weight_decay": 0.0}, vectors=True)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "Adagrad", "Adafactor", "NAdam", "RMSprop", "Adadelta"])
+def test_norms_and_biases_without_weight_decay_stay_where_they_have_no_gradient(optimizer):
+    def fit(groups: list[ParameterGroup] | None) -> tuple[HyperCleaning, torch.optim.Optimizer]:
+        made = getattr(torch.optim, optimizer)
+        module = HyperCleaning(
+            inner_optimizer=lambda parameters: made(parameters, lr=0.5, weight_decay=0.5), inner_groups=groups
+        )
+        module.weights.data.fill_(-torch.inf)  # the inner loss is zero: weight decay alone moves anything
+        module.weights.requires_grad_(False)
+        module.outer_parameters = lambda: [module.unused]  # type: ignore[method-assign]
+        module.unused = torch.nn.Parameter(torch.zeros(1).double())
+        quiet_trainer(max_steps=1).fit(module, loaders())
+        return module, module.optimizers(use_pl_optimizer=False)[0]
+
+    before = HyperCleaning()
+    module, made = fit([NO_DECAY])
+    assert [[p.dim() for p in group["params"]] for group in made.param_groups] == [[2, 2], [1, 1]]
+    for now, then in zip(module.model.parameters(), before.model.parameters(), strict=True):
+        assert torch.equal(now, then) == (now.dim() == 1)
+    plain, made = fit(None)
+    assert len(made.param_groups) == 1
+    assert not any(
+        torch.equal(now, then) for now, then in zip(plain.model.parameters(), before.model.parameters(), strict=True)
+    )
+
+
+def both_forms() -> Composition:
+    """A bilinear form, and free vectors."""
+    return Composition([ExtractorIC(3, 32, pool=CandidatePool(instances=False)), EmbedderDP(length=2)])
+
+
+BILINEAR, VECTORS = "instruction.parts.0.bilinear", "instruction.parts.1.weight"
+
+
+def names_in_groups(trainer: Any, module: Any, number: int = 0) -> list[tuple[float, set[str]]]:
+    """The learning rate and the parameters' names of each group of an optimizer."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [(group["lr"], {names[p] for p in group["params"]}) for group in trainer.optimizers[number].param_groups]
+
+
+def test_bilinear_forms_have_a_learning_rate_of_their_own_or_are_learned_alone(blank_exemplars, tmp_path):
+    module, trainer = optimization(both_forms()), quiet_trainer(max_steps=2, limit_val_batches=0)
+    module.outer_level.groups = [ParameterGroup({"lr": 0.5}, ["*bilinear*"])]
+    trainer.fit(module, data(blank_exemplars, tmp_path))
+    assert names_in_groups(trainer, module, 1) == [(0.1, {VECTORS}), (0.5, {BILINEAR})]
+
+    module, tasks = optimization(both_forms()), data(blank_exemplars, tmp_path)
+    module.outer_level.groups = [ParameterGroup({"lr": 0.5}, ["*bilinear*"]), ParameterGroup(learned=False)]
+    moving = Moved()
+    trainer = quiet_trainer(max_steps=2, limit_val_batches=0, callbacks=[moving])
+    trainer.fit(module, tasks)
+    assert names_in_groups(trainer, module, 1) == [(0.5, {BILINEAR})]
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, moving.before[name])}
+    assert BILINEAR in moved
+    assert VECTORS not in moved
+    assert any(name.startswith("backbone.") for name in moved)
+
+
+def test_phi_is_learned_alone_by_a_baseline_and_keeps_its_learning_rate(blank_exemplars, tmp_path):
+    groups = [ParameterGroup({"lr": 0.5}, [BILINEAR]), ParameterGroup({}, ["backbone.*"], learned=False)]
+    module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), both_forms(), groups=groups, max_new_tokens=3)
+    moving = Moved()
+    trainer = quiet_trainer(max_steps=2, limit_val_batches=0, callbacks=[moving])
+    trainer.fit(module, data(blank_exemplars, tmp_path))
+    assert names_in_groups(trainer, module) == [(0.01, {VECTORS}), (0.5, {BILINEAR})]
+    distances = moving.distances(module)
+    assert distances["instruction"] > 0 == distances["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (ParameterGroup({"weight_decy": 0.0}), "has `weight_decy`, which Adam does not: it has amsgrad, betas"),
+        (ParameterGroup({"lr": "fast"}), r"`inner_groups\[0\].options.lr` must be a number from 0 on, got 'fast'"),
+        (ParameterGroup({}, ["*.nothing"]), r"has no parameter that is in no group .* like `model.0.weight` and"),
+    ],
+)
+def test_groups_that_cannot_be_are_named(group, message):
+    with pytest.raises(ConfigurationError, match=message):
+        quiet_trainer(max_steps=1).fit(HyperCleaning(inner_groups=[group]), loaders())

@@ -3,6 +3,7 @@
 from diopt_lightning.modules.bilevel import BilevelModule
 from diopt_lightning.modules.instruction_optimization import InstructionOptimization
 from diopt_lightning.modules.instruction_tuning import InstructionTuning
+from diopt_lightning.modules.parameter_groups import ParameterGroup
 from diopt_lightning.modules.schedules import LinearWithWarmup
 
-__all__ = ["BilevelModule", "InstructionOptimization", "InstructionTuning", "LinearWithWarmup"]
+__all__ = ["BilevelModule", "InstructionOptimization", "InstructionTuning", "LinearWithWarmup", "ParameterGroup"]

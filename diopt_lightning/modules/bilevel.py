@@ -12,6 +12,7 @@ from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import constants, gradient_norm
 from diopt_lightning.modules.levels import Level, TwoLevels
+from diopt_lightning.modules.parameter_groups import ParameterGroup
 from diopt_lightning.modules.parameters import once
 from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
 from diopt_lightning.modules.unfinished_round import UnfinishedRound
@@ -47,6 +48,9 @@ class BilevelModule(TwoLevels):
         inner_scheduler: Makes a learning rate scheduler that advances after every inner optimizer step, e.g.
             :class:`~diopt_lightning.modules.LinearWithWarmup`.
         outer_scheduler: The same for every outer optimizer step.
+        inner_groups: Parameters of theta to which the optimizer applies options of their own; see
+            :class:`~diopt_lightning.modules.ParameterGroup`. Default: none.
+        outer_groups: The same of phi.
         inner_gradient_clip: Largest norm of the inner gradient; ``null`` for no limit. Default: 1, as in the paper.
         outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
@@ -93,6 +97,8 @@ class BilevelModule(TwoLevels):
         outer_optimizer: OptimizerCallable | None = None,
         inner_scheduler: LRSchedulerCallable | None = None,
         outer_scheduler: LRSchedulerCallable | None = None,
+        inner_groups: list[ParameterGroup] | None = None,
+        outer_groups: list[ParameterGroup] | None = None,
         inner_gradient_clip: float | None = 1.0,
         outer_gradient_clip: float | None = 1.0,
         inner_accumulation: int = 1,
@@ -107,8 +113,12 @@ class BilevelModule(TwoLevels):
         # configuration names instead.
         inner_optimizer = inner_optimizer or partial(torch.optim.AdamW, lr=1e-5)
         outer_optimizer = outer_optimizer or partial(torch.optim.Adam, lr=1e-2)
-        self.inner_level = Level("inner", inner_optimizer, inner_scheduler, inner_gradient_clip, inner_accumulation)
-        self.outer_level = Level("outer", outer_optimizer, outer_scheduler, outer_gradient_clip, outer_accumulation)
+        self.inner_level = Level(
+            "inner", inner_optimizer, inner_scheduler, inner_gradient_clip, inner_accumulation, inner_groups or ()
+        )
+        self.outer_level = Level(
+            "outer", outer_optimizer, outer_scheduler, outer_gradient_clip, outer_accumulation, outer_groups or ()
+        )
         if outer_accumulation > inner_steps * inner_accumulation:
             raise ConfigurationError(
                 f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "

@@ -78,6 +78,9 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
             ConfigurationError: If the instruction has none.
         """
         super().configure_model()
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        self.inner_level.freeze(self.inner_parameters(), names)
+        self.outer_level.freeze(self.outer_parameters(), names)
         if not self.outer_parameters():
             raise ConfigurationError(
                 f"{type(self.instruction).__name__} has nothing to learn: choose another `instruction`, or train with "
@@ -101,5 +104,5 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         self.instruction.advance()
 
     def outer_parameters(self) -> Sequence[nn.Parameter]:
-        """Parameters of the instruction."""
-        return list(self.instruction.parameters())
+        """Parameters of the instruction that are learned."""
+        return [parameter for parameter in self.instruction.parameters() if parameter.requires_grad]

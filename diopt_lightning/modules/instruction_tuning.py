@@ -18,6 +18,7 @@ from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.gradients import gradient_norm
 from diopt_lightning.modules.micro_batches import process_weight
+from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.schedules import end_with_the_run
 from diopt_lightning.modules.skipping import SkippedSteps
 from diopt_lightning.modules.strategies import scales_losses, sharding_mesh
@@ -44,6 +45,8 @@ class InstructionTuning(InstructionEvaluation):
         instruction_lr: Learning rate of the instruction's parameters. Default: 1e-2, as for the outer level.
         scheduler: Makes a learning rate scheduler that advances after every optimizer step, e.g.
             :class:`~diopt_lightning.modules.LinearWithWarmup`.
+        groups: Parameters to which the optimizer applies options of their own; see
+            :class:`~diopt_lightning.modules.ParameterGroup`. Default: none.
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
         options: ``max_new_tokens`` and ``instructed_evaluation``, as in
             :class:`~diopt_lightning.InstructionOptimization`.
@@ -63,6 +66,7 @@ class InstructionTuning(InstructionEvaluation):
         optimizer: OptimizerCallable | None = None,
         instruction_lr: float = 1e-2,
         scheduler: LRSchedulerCallable | None = None,
+        groups: list[ParameterGroup] | None = None,
         skip_limit: int = 10,
         **options: Any,
     ) -> None:
@@ -74,8 +78,18 @@ class InstructionTuning(InstructionEvaluation):
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
+        self.groups = groups or []
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
+
+    def configure_model(self) -> None:
+        """Make the model and the instruction's parameters, and take the gradient from what is not to be learned.
+
+        Raises:
+            ConfigurationError: If the instruction or the trainer's strategy does not fit.
+        """
+        super().configure_model()
+        freeze(self.groups, dict(self.named_parameters()))
 
     def on_train_start(self) -> None:
         """Let a schedule end with the run."""
@@ -113,18 +127,20 @@ class InstructionTuning(InstructionEvaluation):
         """Make one optimizer with a group of parameters for the model and one for the instruction.
 
         Raises:
-            ConfigurationError: If the model is sharded over processes and the instruction has parameters.
+            ConfigurationError: If the model is sharded over processes and the instruction has parameters, or a group
+                does not fit.
         """
-        theta = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": theta}]
-        if self.instruction is not None and list(self.instruction.parameters()):
-            if sharding_mesh(self.trainer) is not None:
-                raise ConfigurationError(
-                    f"{type(self.instruction).__name__} has parameters, whose gradients nothing averages over "
-                    "processes under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
-                )
-            groups.append({"params": list(self.instruction.parameters()), "lr": self.instruction_lr})
-        optimizer = self.optimizer(groups)
+        named = dict(self.named_parameters())
+        theta = {name: p for name, p in named.items() if name.startswith("backbone.") and p.requires_grad}
+        phi = {name: p for name, p in named.items() if name.startswith("instruction.")}
+        if phi and sharding_mesh(self.trainer) is not None:
+            raise ConfigurationError(
+                f"{type(self.instruction).__name__} has parameters, whose gradients nothing averages over processes "
+                "under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
+            )
+        rest = (theta, {}), (phi, {"lr": self.instruction_lr})
+        optimizer = self.optimizer(grouped(self.groups, *rest, option="groups"))
+        check_options(optimizer, self.groups, "groups")
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

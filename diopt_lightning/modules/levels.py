@@ -1,7 +1,7 @@
 """A bilevel problem as a Lightning module: two levels, each with a loss, parameters and an optimizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
+from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
 from diopt_lightning.modules.schedules import end_with_the_run, steps_of_a_run
 from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling
@@ -36,6 +37,7 @@ class Level:
         make_scheduler: Makes a learning rate scheduler that advances after every step of that optimizer.
         gradient_clip: Largest norm of its gradient; ``None`` for no limit.
         accumulation: Gradients that are averaged into one step.
+        groups: Parameters that the optimizer treats by options of their own.
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -46,6 +48,7 @@ class Level:
     make_scheduler: LRSchedulerCallable | None
     gradient_clip: float | None
     accumulation: int
+    groups: Sequence[ParameterGroup] = ()
 
     def __post_init__(self) -> None:
         accumulation: dict[str, Any] = {f"{self.name}_accumulation": self.accumulation}
@@ -58,13 +61,22 @@ class Level:
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigurationError(f"`{self.name}_gradient_clip` must be positive or null, got {self.gradient_clip}.")
 
-    def configure(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    def freeze(self, parameters: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
+        """Take the gradient from parameters that are not to be learned."""
+        freeze(self.groups, {names[parameter]: parameter for parameter in parameters})
+
+    def configure(self, parameters: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
         """Make optimizer and scheduler, as Lightning's ``configure_optimizers`` returns them.
 
         Raises:
-            ConfigurationError: If the optimizer is of no use here, or the scheduler needs a metric.
+            ConfigurationError: If the optimizer is of no use here, a group does not fit, or the scheduler needs a
+                metric.
         """
-        optimizer = check_optimizer(self.name, self.make_optimizer(parameters), parameters)
+        named = {names.get(parameter, str(index)): parameter for index, parameter in enumerate(parameters)}
+        option = f"{self.name}_groups"
+        given = grouped(self.groups, (named, {}), option=option) if self.groups else parameters
+        optimizer = check_optimizer(self.name, self.make_optimizer(given), parameters)
+        check_options(optimizer, self.groups, option)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.make_scheduler(optimizer)
@@ -153,10 +165,12 @@ class TwoLevels(MicroBatched, ABC):
         if self._trainer is not None:
             # Before an optimizer meets a strategy that fails with it, and names no way out.
             check_strategy(self.trainer, self.hypergradient)
+        names = {parameter: name for name, parameter in self.named_parameters()}
         phi = check_parameters("outer", self.outer_parameters(), self)
         theta = check_parameters("inner", self.inner_parameters(), self)
         check_levels(theta, phi, self)
-        return self.inner_level.configure(theta), self.outer_level.configure(phi)  # type: ignore[return-value]
+        inner = self.inner_level.configure(theta, names)
+        return inner, self.outer_level.configure(phi, names)  # type: ignore[return-value]
 
     def on_fit_start(self) -> None:
         """Refuse what cannot work, and let all processes start from the same outer parameters.
