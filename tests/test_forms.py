@@ -1,5 +1,6 @@
 """Every form of instruction: what must hold of all, against slow and obvious versions, and refused where wrong."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -341,25 +342,36 @@ def test_looking_at_what_was_learned_draws_nothing(tokenizer, tasks, backbone):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_pools_mix_every_kind_and_headers_follow_the_choice(tokenizer, tasks, backbone):
-    pool = CandidatePool(positive_examples=True, negative_examples=True, definitions=True, instances=False)
-    extractor = built(ExtractorDP(1, 6, 32, pool), tasks, tokenizer, backbone)
-    kinds = [candidate.kind for candidate in extractor.candidate_rows[0]]
-    assert kinds == ["Positive"] * 3 + ["Negative"] + ["Definition"] * 2
-    texts = {
-        0: " Positive Example 1 -\n" + extractor.candidate_texts[0][0],
-        3: " Negative Example 1 -\n" + extractor.candidate_texts[0][3],
-        5: f"Definition: {tasks[0].definitions[1]}.\n\n",
-    }
+SOURCES = ("positive_examples", "negative_examples", "definitions", "instances")
+POOLS = [dict(zip(SOURCES, given, strict=True)) for given in itertools.product([True, False], repeat=4) if any(given)]
+
+
+@pytest.mark.parametrize("sources", POOLS, ids=lambda sources: "+".join(name for name in sources if sources[name]))
+def test_every_mixture_of_candidates_is_read_as_prompts_have_it(tokenizer, tasks, backbone, sources):
+    pool = CandidatePool(**sources)
+    extractor = built(ExtractorDP(1, 12, 32, pool), tasks, tokenizer, backbone)
+    kinds = ["Positive"] * 3, ["Negative"], ["Definition"] * 2, ["Positive"] * 4
+    expected = [kind for name, of_source in zip(SOURCES, kinds, strict=True) for kind in of_source if sources[name]]
+    assert [candidate.kind for candidate in extractor.candidate_rows[0]] == expected
     task = torch.zeros(1, dtype=torch.long)
-    for choice, text in texts.items():
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-        one_hot = nn.functional.one_hot(torch.tensor([[choice]]), 6).float()
+    for index, (kind, text) in enumerate(zip(expected, extractor.candidate_texts[0], strict=True)):
+        header = "" if kind == "Definition" else f" {kind} Example 1 -\n"
+        ids, choice = tokenizer(header + text, add_special_tokens=False)["input_ids"], torch.tensor([[index]])
         for found in (
-            extractor.choose(task, torch.tensor([[choice]]), backbone.embedding),
-            extractor.mix(task, one_hot, backbone.embedding),
+            extractor.choose(task, choice, backbone.embedding),
+            extractor.mix(task, nn.functional.one_hot(choice, 12).float(), backbone.embedding),
         ):
-            assert torch.allclose(found.embeddings[0][found.mask[0]], backbone.embedding(ids), atol=1e-6)
+            assert torch.allclose(found.embeddings[0][found.mask[0]], backbone.embedding.weight[ids], atol=1e-6)
+    batch = batch_of(tokenizer, INPUTS, [0, 1, 2])
+    forms = [ExtractorDP(2, 12, 32, pool, repeats=True), ExtractorDP(1, 12, 32, pool, Soft())]
+    forms += [ExtractorIC(1, 12, 32, pool, ExpectedLoss()), RandomExemplar(1, 12, 32, pool)]
+    for form in forms:
+        instruction = built(form, tasks, tokenizer, backbone)
+        loss = backbone.loss(batch, instruction(batch, backbone.embed))
+        parameters = list(instruction.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else []
+        assert loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_long_candidates_are_refused_where_they_must_not_be_cut(tokenizer, tasks, backbone):

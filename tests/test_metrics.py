@@ -106,6 +106,18 @@ def test_updates_add_up_and_reset(metric):
     adds_up_and_resets(metric)
 
 
+@pytest.mark.parametrize("metric", [metric for metric, _ in SCORES])
+@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu")])
+def test_a_module_in_half_precision_scores_as_any_other(metric, convert):
+    plain, converted = metric({"t": "c"}), convert(metric({"t": "c"}))
+    for number in range(301):
+        for each in (plain, converted):
+            each.update([str(number % 3)], [["1"]], ["t"])
+    assert torch.equal(convert(converted).compute()["all"], plain.compute()["all"])
+    converted.reset()
+    assert converted.total.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

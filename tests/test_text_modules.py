@@ -209,6 +209,16 @@ def test_two_processes_evaluate_an_odd_number_of_instances_once(blank_exemplars,
     assert found[1][1]["test/exact_match"] == 40.0
 
 
+def test_scores_of_a_run_in_half_precision_are_not_rounded(blank_exemplars, tmp_path):
+    rows = dataclasses.replace(blank_exemplars, test_tasks=3, instances=7)
+    module = Echo(RandomSeq2Seq(dict(TINY_T5)), max_new_tokens=3)
+    trainer = quiet_trainer(precision="bf16-true", callbacks=[Results(table=False)], default_root_dir=tmp_path)
+    trainer.test(module, data(rows, tmp_path), verbose=False)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["test/exact_match"] == pytest.approx(200 / 7, rel=1e-6)
+    assert found["test/loss"] != torch.tensor(found["test/loss"]).bfloat16().item()
+
+
 class Echo(InstructionTuning):
     """Predicts the first two instances of a task as they should be, and the others wrongly."""
 

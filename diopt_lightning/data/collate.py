@@ -62,4 +62,5 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
                 [3, 0]])
     """
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+    # The type is said, because that of rows without tokens would be float.
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)

@@ -1,10 +1,10 @@
 """Text metrics as torchmetrics: over all instances, per category and per task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from diopt_lightning.errors import ConfigurationError
@@ -35,6 +35,10 @@ class TaskMetric(Metric, ABC):
         self._index = {name: index for index, name in enumerate(categories)}
         self.add_state("total", torch.zeros(len(categories), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(len(categories), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # A run in half precision converts its module, and sums in bf16 would stand still at 256.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     @abstractmethod
     def score(self, prediction: str, references: Sequence[str]) -> float:
