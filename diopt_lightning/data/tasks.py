@@ -13,6 +13,7 @@ from typing import Any
 from diopt_lightning.data.files import quoted, read_bytes
 from diopt_lightning.errors import ConfigurationError
 
+LANGUAGES = ("Input_language", "Output_language")
 # What stands in a document where a field is given twice with different values: which one is meant nobody can tell.
 AMBIGUOUS = object()
 
@@ -59,6 +60,7 @@ class Task:
         negative_examples: Annotated examples with wrong answers.
         instances: What the task is trained and tested on.
         digest: SHA-256 of the file, by which caches know that it has changed.
+        languages: The languages of its inputs and outputs that it names.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Task:
     negative_examples: tuple[Example, ...]
     instances: tuple[Instance, ...]
     digest: str = ""
+    languages: tuple[str, ...] = ()
 
     @property
     def category(self) -> str:
@@ -119,9 +122,9 @@ def read_tasks(root: Path, names: Sequence[str]) -> dict[str, Task]:
 def read_task(path: Path, root: Path | None = None) -> Task:
     """Read one task file of the official layout.
 
-    Unknown fields are ignored, as the official files have many. An empty string is accepted as the output of an
-    instance (there is one in task1564) and as an explanation, and nowhere else. Several instances may have one ``id``:
-    each counts.
+    Its languages may be missing. Unknown fields are ignored, as the official files have many. An empty string is
+    accepted as the output of an instance (there is one in task1564) and as an explanation, and nowhere else. Several
+    instances may have one ``id``: each counts.
 
     Args:
         path: The file.
@@ -159,6 +162,7 @@ def read_task(path: Path, root: Path | None = None) -> Task:
         negative_examples=tuple(_example(field) for field in reader.objects("Negative Examples", may_be_empty=True)),
         instances=tuple(_instance(field) for field in reader.objects("Instances")),
         digest=hashlib.sha256(content).hexdigest(),
+        languages=tuple(name for field in LANGUAGES if document.get(field) for name in reader.texts(field)),
     )
 
 
@@ -208,7 +212,7 @@ class _Fields:
         """Read a list of strings with one entry at least; ``may_be_empty`` is about the strings."""
         value = self.get(name)
         # Early releases of the official data have a plain string where there is one definition.
-        values = [value] if isinstance(value, str) and name == "Definition" else value
+        values = [value] if isinstance(value, str) and name in ("Definition", *LANGUAGES) else value
         if not isinstance(values, list) or not values or not all(isinstance(entry, str) for entry in values):
             raise self.error("expected a list of strings that is not empty", value, f"[{name!r}]")
         if not may_be_empty and not all(entry.strip() for entry in values):

@@ -1,14 +1,28 @@
 """Text metrics as torchmetrics: over all instances, per category and per task."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from diopt_lightning.data.files import quoted
+from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.metrics.text import exact_match, rouge_l
+from diopt_lightning.metrics.text import exact_match, in_another_script, rouge_l
+
+# What ROUGE's own tokenizer finds in a text.
+SEEN = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
+
+
+def in_other_languages(task: Task) -> bool:
+    """Whether a task is one for the cross-lingual track: by the languages that it names, or by its references."""
+    return any(language.lower() != "english" for language in task.languages) or in_another_script(
+        [output for instance in task.instances for output in instance.outputs]
+    )
 
 
 class TaskMetric(Metric, ABC):
@@ -16,6 +30,8 @@ class TaskMetric(Metric, ABC):
 
     Args:
         categories: The category of each task.
+        cross_lingual: Whether a task is scored as those of the official cross-lingual track, by name; see
+            :func:`in_other_languages`. Default: each instance by its references.
 
     Raises:
         ConfigurationError: If there are no tasks.
@@ -27,11 +43,12 @@ class TaskMetric(Metric, ABC):
     total: Tensor
     count: Tensor
 
-    def __init__(self, categories: Mapping[str, str]) -> None:
+    def __init__(self, categories: Mapping[str, str], cross_lingual: Mapping[str, bool] | None = None) -> None:
         super().__init__()
         if not categories:
             raise ConfigurationError(f"{type(self).__name__} needs one task at least, got none.")
         self.categories = dict(categories)
+        self.cross_lingual = dict(cross_lingual or {})
         self._index = {name: index for index, name in enumerate(categories)}
         self.add_state("total", torch.zeros(len(categories), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(len(categories), dtype=torch.float64), dist_reduce_fx="sum")
@@ -43,6 +60,10 @@ class TaskMetric(Metric, ABC):
     @abstractmethod
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """Score one prediction against its references, from 0 to 1."""
+
+    def score_in(self, task: str, prediction: str, references: Sequence[str]) -> float:
+        """Score one prediction of a task: as :meth:`score`, if a metric does not go by the task's language."""
+        return self.score(prediction, references)
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], tasks: Sequence[str]) -> None:
         """Add predictions.
@@ -65,7 +86,7 @@ class TaskMetric(Metric, ABC):
                 raise ValueError(f"Prediction {position} (task `{task}`) has no reference: one at least is needed.")
             if task not in self._index:
                 raise ValueError(f"The task `{task}` of prediction {position} is none of this metric's tasks.")
-            self.total[self._index[task]] += self.score(prediction, alternatives)
+            self.total[self._index[task]] += self.score_in(task, prediction, alternatives)
             self.count[self._index[task]] += 1
 
     def compute(self) -> dict[str, Tensor]:
@@ -83,10 +104,15 @@ class TaskMetric(Metric, ABC):
 
 
 class RougeL(TaskMetric):
-    """ROUGE-L F-measure with Porter stemming, the maximum over references; see :func:`rouge_l`.
+    """ROUGE-L F-measure, the maximum over references; see :func:`rouge_l`.
+
+    What is in a script that the tokenizer of an English task does not see scores 0, as in the official evaluation,
+    and that is said once.
 
     Args:
         categories: The category of each task.
+        cross_lingual: Whether a task is scored as those of the official cross-lingual track, by name. Default: each
+            instance by its references.
 
     Example:
         >>> metric = RougeL({"task1": "Title Generation"})
@@ -95,9 +121,22 @@ class RougeL(TaskMetric):
         tensor(85.7143, dtype=torch.float64)
     """
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    _said = False
+
+    def score(self, prediction: str, references: Sequence[str], cross_lingual: bool | None = None) -> float:
         """Score one prediction."""
-        return rouge_l(prediction, references)
+        return rouge_l(prediction, references, cross_lingual)
+
+    def score_in(self, task: str, prediction: str, references: Sequence[str]) -> float:
+        """Score one prediction of a task, in the way of its language."""
+        cross_lingual = self.cross_lingual.get(task, in_another_script(references))
+        if not (cross_lingual or self._said or any(map(SEEN.search, references))) and "".join(references).strip():
+            self._said = True
+            rank_zero_warn(
+                f"{type(self).__name__} of English tasks sees nothing but letters from a to z and digits: predictions "
+                f"for references such as {quoted(references[0])} of `{task}` score 0, as in the official evaluation."
+            )
+        return self.score(prediction, references, cross_lingual)
 
 
 class ExactMatch(TaskMetric):

@@ -102,9 +102,9 @@ class InstructionEvaluation(pl.LightningModule):
         if mesh is not None:
             shard(self.backbone, mesh)
         for stage in ("dev", "test"):
-            categories = {task.name: task.category for task in self.data.split_tasks(stage)}
-            if categories:
-                setattr(self, f"{stage}_metrics", Metrics(self.metric_classes, categories))
+            tasks = self.data.split_tasks(stage)
+            if tasks:
+                setattr(self, f"{stage}_metrics", Metrics(self.metric_classes, tasks))
         self.is_built = True
         if self._returned is not None:
             self.load_state_dict(self._returned)

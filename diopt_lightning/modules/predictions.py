@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.metrics import TaskMetric
+from diopt_lightning.metrics import TaskMetric, in_other_languages
 
 
 class Prediction(TypedDict):
@@ -42,10 +42,13 @@ def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) ->
 
 
 class Metrics(MetricCollection):
-    """Metrics of predictions by their names, for tasks of some categories."""
+    """Metrics of predictions by their names, for some tasks."""
 
-    def __init__(self, classes: Mapping[str, type[TaskMetric]], categories: dict[str, str]) -> None:
-        super().__init__({name: metric(categories) for name, metric in classes.items()}, compute_groups=False)
+    def __init__(self, classes: Mapping[str, type[TaskMetric]], tasks: Sequence[Task]) -> None:
+        categories = {task.name: task.category for task in tasks}
+        languages = {task.name: in_other_languages(task) for task in tasks}
+        metrics = {name: metric(categories, languages) for name, metric in classes.items()}
+        super().__init__(metrics, compute_groups=False)
 
     def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]
         """Add predictions."""
