@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from diopt_lightning.bilevel import Chebyshev, HypergradientEstimator, ProcessAverage, mean_hypergradient
@@ -130,15 +131,32 @@ class BilevelModule(TwoLevels):
         self.hypergradient = hypergradient if hypergradient is not None else Chebyshev()
         self.inner_steps = inner_steps
         self.micro_batches = micro_batches
+        self.skip_limit = skip_limit
+        self._average = ProcessAverage()
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        """Forget the run before: what is counted, kept and estimated is of one run. Parameters stay as they are."""
         self.inner_batches_seen = 0
         self.inner_steps_taken = 0
         self.outer_steps_taken = 0
-        self._round = UnfinishedRound(
-            inner_steps, inner_accumulation, outer_accumulation, self.hypergradient.recorded_steps
-        )
-        self._average = ProcessAverage()
-        self._skipped = SkippedSteps(skip_limit)
+        inner, outer = self.inner_level.accumulation, self.outer_level.accumulation
+        self._round = UnfinishedRound(self.inner_steps, inner, outer, self.hypergradient.recorded_steps)
+        self._skipped = SkippedSteps(self.skip_limit)
         self._outer_norms = OuterNorms()
+        self.hypergradient.reset()
+        self.zero_grad()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Begin a run, unless a checkpoint has, and make both optimizers; see :class:`TwoLevels`."""
+        trainer = self._trainer
+        if trainer is not None and (trainer.strategy.restore_checkpoint_after_setup or not trainer.ckpt_path):
+            goes_on = 0 < self.inner_steps_taken == trainer.global_step
+            outer_steps = self.outer_steps_taken if goes_on else 0
+            self._begin_run()
+            # Not zero where the same trainer is told to fit again, which goes on with its own run.
+            self.inner_steps_taken, self.outer_steps_taken = trainer.global_step, outer_steps
+        return super().configure_optimizers()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take an inner step, and an outer step where a round of ``inner_steps`` is complete.
@@ -238,13 +256,10 @@ class BilevelModule(TwoLevels):
         self.hypergradient.restore_recorded(recorded, [problem.inner_loss for problem in problems])
         if not self._round.inner_batches:
             return
-        # As in a model's running means, which have seen these batches already.
-        buffers = [buffer.clone() for buffer in self.buffers()]
-        with self._round.redrawing(self.device):
+        # Without notice: a model's running means, say, have seen these batches already.
+        with self._round.redrawing(self.device), self.unnoticed():
             for batch in self._round.inner_batches:
                 self._accumulate(batch, complete=False)
-        for buffer, value in zip(self.buffers(), buffers, strict=True):
-            buffer.copy_(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters, the estimator's state and what will still be used of an unfinished round."""
@@ -270,6 +285,7 @@ class BilevelModule(TwoLevels):
             ConfigurationError: If there is nothing of the kind, or the state is that of another estimator.
         """
         super().on_load_checkpoint(checkpoint)
+        self._begin_run()
         state = state_of_a_bilevel_run(checkpoint, type(self).__name__, type(self.hypergradient).__name__)
         self.inner_batches_seen = state["inner_batches_seen"]
         self.inner_steps_taken = state["inner_steps_taken"]

@@ -9,7 +9,7 @@ from diopt_lightning.backbones import Backbone
 from diopt_lightning.bilevel import HypergradientEstimator
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.instructions import Instruction
+from diopt_lightning.instructions import Instruction, Relaxation
 from diopt_lightning.modules.bilevel import BilevelModule
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.strategies import check_strategy
@@ -56,6 +56,12 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         **options: Any,
     ) -> None:
         super().__init__(hypergradient=hypergradient, backbone=backbone, instruction=instruction, **options)
+
+    def _begin_run(self) -> None:
+        super()._begin_run()
+        for part in self.instruction.modules():
+            if isinstance(part, Relaxation):
+                part.set_extra_state({"steps": 0})
 
     def setup(self, stage: str) -> None:
         """Check before anything is built that there are validation tasks, and a strategy that works.

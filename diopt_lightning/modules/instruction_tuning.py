@@ -79,6 +79,7 @@ class InstructionTuning(InstructionEvaluation):
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
         self.groups = groups or []
+        self.skip_limit = skip_limit
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
 
@@ -130,6 +131,8 @@ class InstructionTuning(InstructionEvaluation):
             ConfigurationError: If the model is sharded over processes and the instruction has parameters, or a group
                 does not fit.
         """
+        if not self.trainer.ckpt_path:
+            self._skipped = SkippedSteps(self.skip_limit)  # not those of a run before
         named = dict(self.named_parameters())
         theta = {name: p for name, p in named.items() if name.startswith("backbone.") and p.requires_grad}
         phi = {name: p for name, p in named.items() if name.startswith("instruction.")}
@@ -138,8 +141,8 @@ class InstructionTuning(InstructionEvaluation):
                 f"{type(self.instruction).__name__} has parameters, whose gradients nothing averages over processes "
                 "under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
             )
-        rest = (theta, {}), (phi, {"lr": self.instruction_lr})
-        optimizer = self.optimizer(grouped(self.groups, *rest, option="groups"))
+        phi_options = {"lr": self.instruction_lr}
+        optimizer = self.optimizer(grouped(self.groups, (theta, {}), (phi, phi_options), option="groups"))
         check_options(optimizer, self.groups, "groups")
         if self.scheduler is None:
             return optimizer

@@ -137,17 +137,22 @@ class TwoLevels(MicroBatched, ABC):
     def estimate_hypergradient(self, inner_batch: Any, outer_batch: Any) -> Hypergradient:
         """Estimate the hypergradient at the current parameters, with dropout off.
 
-        Dropout that is drawn anew in every product would be a different system in each of them.
+        Dropout that is drawn anew in every product would be a different system in each of them. Of all evaluations the
+        first one of the outer loss alone may log, and change metrics and buffers.
         """
         with evaluation_mode(self):
-            return self.hypergradient(self.problem([inner_batch], outer_batch))
+            return self.hypergradient(self.problem([inner_batch], outer_batch, noticed=True))
 
-    def problem(self, inner_batches: Sequence[Any], outer_batch: Any) -> BilevelProblem:
-        """Return the bilevel problem of these batches at the current parameters, for the engine."""
+    def problem(self, inner_batches: Sequence[Any], outer_batch: Any, noticed: bool = False) -> BilevelProblem:
+        """Return the bilevel problem of these batches at the current parameters, for the engine.
+
+        What its losses log, and change in metrics and buffers, is dropped, but for the first evaluation of the outer
+        loss if that is to be ``noticed``.
+        """
         attached = self._trainer is not None or self._fabric is not None
         return BilevelProblem(
             inner_loss=self.mean_loss(self.inner_loss, inner_batches),
-            outer_loss=self.mean_loss(self.outer_loss, [outer_batch]),
+            outer_loss=self.mean_loss(self.outer_loss, [outer_batch], noticed),
             inner_parameters=self.inner_parameters(),
             outer_parameters=self.outer_parameters(),
             average=self._average,

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
@@ -15,9 +14,10 @@ from diopt_lightning.bilevel import MicroBatches, ProcessAverage
 from diopt_lightning.bilevel.distributed import several_processes
 from diopt_lightning.bilevel.problem import Loss, differentiable, scalar
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.modules.noticing import Noticing
 
 
-class MicroBatched(pl.LightningModule):
+class MicroBatched(Noticing):
     r"""A module whose losses are means, over batches that may be computed in parts and differ between processes.
 
     The loss of the global batch is :math:`\sum_i w_i L_i / \sum_i w_i` over the parts of the batches of all processes,
@@ -92,23 +92,40 @@ class MicroBatched(pl.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not now else nullcontext()
 
-    def mean_loss(self, loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> Loss | MicroBatches:
-        """The mean of a loss over batches, each computed in micro-batches, for the engine to evaluate."""
+    def mean_loss(
+        self, loss: Callable[[Any], Tensor], batches: Sequence[Any], noticed: bool = False
+    ) -> Loss | MicroBatches:
+        """The mean of a loss over batches, each computed in micro-batches, for the engine to evaluate.
+
+        Evaluations are ``unnoticed``, or all but the first one.
+        """
         parts: list[Loss] = []
         weights: list[float] = []
         for batch in batches:
             factor = process_weight(self.batch_weight(batch), self._average, self.device)
             for part, weight in self.weighted_parts(batch):
-                parts.append(partial(scaled, loss, part, factor))
+                parts.append(Evaluated(self, loss, part, factor, noticed))
                 weights.append(weight)
         return parts[0] if len(parts) == 1 else MicroBatches(parts, weights)
 
 
-def scaled(loss: Callable[[Any], Tensor], batch: Any, factor: float) -> Tensor:
-    """A multiple of the loss of a batch; the loss itself where the factor is one."""
-    value = loss(batch)
-    # What is no tensor, the engine refuses by its name.
-    return value if factor == 1.0 or not isinstance(value, Tensor) else factor * value
+@dataclass
+class Evaluated:
+    """A multiple of a module's loss of a batch, without notice but for the first time, if that is ``noticed``."""
+
+    module: Noticing
+    loss: Callable[[Any], Tensor]
+    batch: Any
+    factor: float
+    noticed: bool
+
+    def __call__(self) -> Tensor:
+        """Evaluate it."""
+        noticed, self.noticed = self.noticed, False
+        with nullcontext() if noticed else self.module.unnoticed():
+            value = self.loss(self.batch)
+        # What is no tensor, the engine refuses by its name.
+        return value if self.factor == 1.0 or not isinstance(value, Tensor) else self.factor * value
 
 
 def process_weight(weight: float, average: ProcessAverage, device: torch.device) -> float:

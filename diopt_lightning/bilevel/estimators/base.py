@@ -72,6 +72,10 @@ class HypergradientEstimator(ABC):
         :class:`~diopt_lightning.modules.BilevelModule` does so by itself; a loop of one's own calls this.
         """
 
+    def reset(self) -> None:
+        """Forget all that earlier hypergradients and steps left: another run begins. Extend it by what is kept."""
+        self._warned = False
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on exactly as before (plain numbers and tensors)."""
         return {}
@@ -89,7 +93,7 @@ class HypergradientEstimator(ABC):
         return []
 
     def restore_recorded(self, states: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
-        """Put steps on record again, from what :meth:`recorded_state` returned and the inner losses of the steps."""
+        """Put steps on record, and no others, from what :meth:`recorded_state` returned and their inner losses."""
         if states:
             raise ConfigurationError(f"{type(self).__name__} remembers no steps, got those of another.")
 

@@ -119,6 +119,13 @@ class ImplicitEstimator(HypergradientEstimator):
             f"{norm(residual).item() / size:.3g} times the right-hand side." + self.advice(curvature, solution)
         )
 
+    def reset(self) -> None:
+        """Forget the spectrum too, and check the product again; see :class:`HypergradientEstimator`."""
+        super().reset()
+        self.product.reset()
+        if self.spectrum is not None:
+            self.spectrum.reset()
+
     def state_dict(self) -> dict[str, Any]:
         """Return whether a warning was given, and the state of the spectrum; subclasses add to it."""
         spectrum = {"spectrum": self.spectrum.state_dict()} if self.spectrum is not None else {}

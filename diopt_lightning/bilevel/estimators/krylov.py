@@ -53,6 +53,11 @@ class KrylovEstimator(ImplicitEstimator):
         self.spectrum = spectrum if spectrum is not None else Spectrum()
         self._solution: Vector | None = None
 
+    def reset(self) -> None:
+        """Forget the last solution too; see :class:`HypergradientEstimator`."""
+        super().reset()
+        self._solution = None
+
     def solve(self, linearization: Linearization, v0: Vector) -> Solution:
         """Solve the system from the last solution or from zero; see :class:`ImplicitEstimator`."""
         damping = self.prepare(linearization, v0)

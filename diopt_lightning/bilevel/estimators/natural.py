@@ -74,6 +74,11 @@ class NaturalHypergradient(ImplicitEstimator):
         self.rank = rank
         self.decay = decay
         self.damping = damping
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the Fisher matrix too; see :class:`HypergradientEstimator`."""
+        super().reset()
         self._gradients: list[Vector] = []
         self._squares: Vector | None = None
         self._weight = 0.0

@@ -67,6 +67,11 @@ class Nystrom(ImplicitEstimator):
         self.seed = seed
         self._calls = 0
 
+    def reset(self) -> None:
+        """Draw the first sketch again; see :class:`HypergradientEstimator`."""
+        super().reset()
+        self._calls = 0
+
     #: The sketch is taken of whole vectors.
     supports_sharding = False
 

@@ -91,6 +91,12 @@ class Penalty(HypergradientEstimator):
         self.spectrum = spectrum if spectrum is not None else Spectrum()
         self._offset: Vector | None = None
 
+    def reset(self) -> None:
+        """Forget the last offset and the spectrum too; see :class:`HypergradientEstimator`."""
+        super().reset()
+        self._offset = None
+        self.spectrum.reset()
+
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
         """Find the second point and take the difference; see :class:`HypergradientEstimator`."""
         start = time.perf_counter()

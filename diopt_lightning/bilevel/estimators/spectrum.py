@@ -77,6 +77,10 @@ class Spectrum:
             )
         self.products = products
         self.refresh_every = refresh_every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the bounds."""
         self.lowest = 0.0
         self.largest = 0.0
         self._age: int | None = None

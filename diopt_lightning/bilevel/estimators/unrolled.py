@@ -87,6 +87,12 @@ class Unrolled(HypergradientEstimator):
         self.product = product if product is not None else DoubleBackward()
         self._records: deque[Recorded] = deque(maxlen=steps)
 
+    def reset(self) -> None:
+        """Forget the steps on record, and check the product again; see :class:`HypergradientEstimator`."""
+        super().reset()
+        self.product.reset()
+        self._records.clear()
+
     def observe(self, problem: BilevelProblem) -> None:
         """Keep what the next step starts from; see :class:`HypergradientEstimator`."""
         step = InnerStep.next_of(problem.inner_optimizer, problem.inner_parameters, problem.inner_gradient_clip)
@@ -98,7 +104,8 @@ class Unrolled(HypergradientEstimator):
         return [record.step.saved() for record in records[len(records) - min(number, len(records)) :]]
 
     def restore_recorded(self, states: Sequence[dict[str, Any]], losses: Sequence[Loss | MicroBatches]) -> None:
-        """Put steps on record again; see :class:`HypergradientEstimator`."""
+        """Put steps on record; see :class:`HypergradientEstimator`."""
+        self._records.clear()
         self._records.extend(Recorded(loss, InnerStep.of(saved)) for saved, loss in zip(states, losses, strict=True))
 
     def __call__(self, problem: BilevelProblem) -> Hypergradient:

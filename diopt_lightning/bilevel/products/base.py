@@ -159,6 +159,9 @@ class Product(ABC):
     def at(self, problem: BilevelProblem) -> Linearization:
         """Return the linearization of ``problem`` at the current point."""
 
+    def reset(self) -> None:  # noqa: B027  (some remember nothing)
+        """Forget what is done once in a run: another one begins."""
+
     def guard(self) -> AbstractContextManager[None]:
         """Explain errors of PyTorch that mean that a model cannot be differentiated twice."""
         return explained(type(self).__name__)

@@ -85,6 +85,10 @@ class FiniteDifference(Product):
         self.check = check
         self._checked = False
 
+    def reset(self) -> None:
+        """Check the next product again; see :class:`Product`."""
+        self._checked = False
+
     def at(self, problem: BilevelProblem) -> Linearization:
         """Return the linearization; see :class:`Product`.
 
