@@ -46,10 +46,13 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+    def target_losses(
+        self, batch: Batch, instruction: InstructionEmbeddings | None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Sum of the cross-entropies of each row's target tokens given instruction and input, ``(batch,)`` in nats.
 
-        The instruction has a row for each row of the batch.
+        The instruction has a row for each row of the batch. ``label_smoothing`` is as of
+        :func:`~diopt_lightning.backbones.rows.token_losses`.
         """
 
     @abstractmethod
@@ -78,7 +81,9 @@ class Backbone(nn.Module, ABC):
         """Embed ids ``(...)`` as vectors ``(..., dim)`` in float32 at least, in which instructions compute."""
         return embedded(self.embedding, ids)
 
-    def loss(self, batch: Batch, instruction: InstructionEmbeddings | None = None) -> Tensor:
+    def loss(
+        self, batch: Batch, instruction: InstructionEmbeddings | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Cross-entropy of the targets given instruction and input, the mean over the batch's target tokens, a scalar.
 
         Where the instruction has several alternatives for an instance, its loss is their weighted mean. Where it weighs
@@ -86,11 +91,11 @@ class Backbone(nn.Module, ABC):
         """
         num_targets = (batch.labels != IGNORED_LABEL).sum()
         if instruction is None:
-            return self.target_losses(batch, None).sum() / num_targets
+            return self.target_losses(batch, None, label_smoothing).sum() / num_targets
         alternatives, weight = instruction.alternatives, instruction.weight
         if alternatives is not None:
             batch = Batch(*(column[alternatives.instance] for column in batch))
-        losses = self.target_losses(batch, instruction)
+        losses = self.target_losses(batch, instruction, label_smoothing)
         if weight is not None:
             losses = (weight if alternatives is None else weight[alternatives.instance]) * losses
         return (losses if alternatives is None else alternatives.weight * losses).sum() / num_targets

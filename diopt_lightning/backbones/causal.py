@@ -58,7 +58,9 @@ class Causal(TransformersBackbone):
         """Check both in one piece; see :class:`Backbone`."""
         self._check_positions(source + target, "A source and its target")
 
-    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+    def target_losses(
+        self, batch: Batch, instruction: InstructionEmbeddings | None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Losses ``(batch,)``; see :class:`Backbone`."""
         embeddings, mask = self._source(batch, instruction)
         is_target = batch.labels != IGNORED_LABEL
@@ -71,7 +73,7 @@ class Causal(TransformersBackbone):
         first = int((labels != IGNORED_LABEL).int().argmax(dim=1).min())
         predicting = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
         output = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, logits_to_keep=predicting)
-        return token_losses(output.logits, labels[:, first:])
+        return token_losses(output.logits, labels[:, first:], label_smoothing)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:

@@ -53,17 +53,24 @@ def compact(mask: Tensor, *columns: Tensor, left: bool = False) -> tuple[Tensor,
     return tuple(gathered(column) for column in (mask, *columns))
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the cross-entropies of each row's target tokens.
 
     Args:
         logits: ``(rows, length, vocabulary)``.
         labels: ``(rows, length)``, -100 where there is no target.
+        label_smoothing: Share of each target's probability that is spread evenly over the vocabulary.
 
     Returns:
         Losses ``(rows,)`` in nats, in float32 at least.
     """
     # Half precision would round a probability near one to one.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     return losses.view(labels.shape).sum(dim=1)

@@ -63,14 +63,16 @@ class Seq2Seq(TransformersBackbone):
         # T5's positions are relative, and its configuration names none.
         self._check_positions(max(source, target), "A source or a target")
 
-    def target_losses(self, batch: Batch, instruction: InstructionEmbeddings | None) -> Tensor:
+    def target_losses(
+        self, batch: Batch, instruction: InstructionEmbeddings | None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Losses ``(batch,)``; see :class:`Backbone`."""
         embeddings, mask = self._source(batch, instruction)
         decoder_input_ids = cast(Any, self.model).prepare_decoder_input_ids_from_labels(labels=batch.labels)
         output = self.model(
             inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=decoder_input_ids, use_cache=False
         )
-        return token_losses(output.logits, batch.labels)
+        return token_losses(output.logits, batch.labels, label_smoothing)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:

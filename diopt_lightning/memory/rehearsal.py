@@ -152,8 +152,7 @@ class Rehearsal:
             if isinstance(module, InstructionOptimization):
                 with constants(module.outer_parameters()):
                     return module.inner_loss(batch)
-            instruction = None if module.instruction is None else module.instruction(batch, module.backbone.embed)
-            return module.backbone.loss(batch, instruction)
+            return module.inner_loss(batch)
 
     def _outer_step(self, inner_optimizer: Optimizer, live: LiveMemory, batches: dict[str, Batch]) -> None:
         module = self.module

@@ -32,6 +32,8 @@ class InstructionEvaluation(pl.LightningModule):
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
         instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
+        label_smoothing: Share of each target's probability that the loss of train tasks spreads evenly over the
+            vocabulary; losses of all other tasks have none. Default: 0, as in the paper.
 
     Attributes:
         metric_classes: The metrics of dev and test tasks by name; a subclass may have others.
@@ -39,7 +41,7 @@ class InstructionEvaluation(pl.LightningModule):
         scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
 
     Raises:
-        ConfigurationError: If ``max_new_tokens`` is below 1.
+        ConfigurationError: If an argument is out of range.
     """
 
     metric_classes: ClassVar[Mapping[str, type[TaskMetric]]] = METRICS
@@ -50,9 +52,13 @@ class InstructionEvaluation(pl.LightningModule):
         instruction: Instruction | None = None,
         max_new_tokens: int = 128,
         instructed_evaluation: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         require_at_least(1, max_new_tokens=max_new_tokens)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigurationError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
         self.backbone = backbone
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
@@ -128,6 +134,11 @@ class InstructionEvaluation(pl.LightningModule):
                 f"`{names[0]}`: set `instructed_evaluation` to false, or use a form that is computed from an instance "
                 "without its target (`EmbedderIC` or `ExtractorIC` with `targets: false`)."
             )
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        """Loss of train tasks, with the instruction where there is one."""
+        instruction = None if self.instruction is None else self.instruction(batch, self.backbone.embed)
+        return self.backbone.loss(batch, instruction, self.label_smoothing)
 
     def instruct(self, batch: Batch) -> InstructionEmbeddings | None:
         """Return the learned instruction of each instance of a dev or test batch, where they are given one."""

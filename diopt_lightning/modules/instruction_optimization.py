@@ -31,7 +31,8 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         hypergradient: Estimates the gradient of the validation tasks' loss with respect to phi. Default:
             :class:`~diopt_lightning.bilevel.Chebyshev` with five products. The paper's is
             :class:`~diopt_lightning.bilevel.Neumann` with one term.
-        options: Those of :class:`~diopt_lightning.BilevelModule`, ``max_new_tokens`` and ``instructed_evaluation``.
+        options: Those of :class:`~diopt_lightning.BilevelModule`, ``max_new_tokens``, ``instructed_evaluation`` and
+            ``label_smoothing``.
 
     Raises:
         ConfigurationError: If an argument is out of range, or the instruction has nothing to learn.
@@ -95,7 +96,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         """Loss of train tasks with learnable instructions."""
-        return self.backbone.loss(batch, self.instruction(batch, self.backbone.embed))
+        return InstructionEvaluation.inner_loss(self, batch)
 
     def outer_loss(self, batch: Batch) -> Tensor:
         """Loss of validation tasks with human-written instructions."""

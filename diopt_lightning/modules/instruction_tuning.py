@@ -48,7 +48,7 @@ class InstructionTuning(InstructionEvaluation):
         groups: Parameters to which the optimizer applies options of their own; see
             :class:`~diopt_lightning.modules.ParameterGroup`. Default: none.
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
-        options: ``max_new_tokens`` and ``instructed_evaluation``, as in
+        options: ``max_new_tokens``, ``instructed_evaluation`` and ``label_smoothing``, as in
             :class:`~diopt_lightning.InstructionOptimization`.
 
     Raises:
@@ -98,10 +98,8 @@ class InstructionTuning(InstructionEvaluation):
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of train tasks; an outer batch is left unused."""
-        inner_batch, instruction = batch["inner"], None
-        if self.instruction is not None:
-            instruction = self.instruction(inner_batch, self.backbone.embed)
-        loss = self.backbone.loss(inner_batch, instruction)
+        inner_batch = batch["inner"]
+        loss = self.inner_loss(inner_batch)
         loss = process_weight(inner_batch.target_tokens, self._average, self.device) * loss
         (inner_loss,) = self._average([loss.detach()])
         self.log("inner_loss", inner_loss, prog_bar=True)
@@ -141,8 +139,8 @@ class InstructionTuning(InstructionEvaluation):
                 f"{type(self.instruction).__name__} has parameters, whose gradients nothing averages over processes "
                 "under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
             )
-        phi_options = {"lr": self.instruction_lr}
-        optimizer = self.optimizer(grouped(self.groups, (theta, {}), (phi, phi_options), option="groups"))
+        own: dict[str, Any] = {"lr": self.instruction_lr}
+        optimizer = self.optimizer(grouped(self.groups, (theta, {}), (phi, own), option="groups"))
         check_options(optimizer, self.groups, "groups")
         if self.scheduler is None:
             return optimizer
