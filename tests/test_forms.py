@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
@@ -13,6 +15,7 @@ from diopt_lightning import ConfigurationError
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.synthetic import WORDS
+from diopt_lightning.data.tasks import Example, Instance, Task
 from diopt_lightning.instructions import (
     Annealed,
     CandidatePool,
@@ -57,6 +60,7 @@ from tests.helpers import concrete_classes
 from tests.tolerances import Error
 
 ANNOTATED = CandidatePool(instances=False)
+EMBEDDING = nn.Embedding(2000, 4)
 
 
 @pytest.fixture
@@ -322,6 +326,32 @@ def test_an_instance_is_never_its_own_exemplar(tokenizer, tasks, backbone):
         if isinstance(instruction, RandomExemplar):
             drawn = instruction(batch, backbone.embedding).embeddings
             assert not any(torch.equal(row, own.embeddings[0]) for row in drawn)
+
+
+# Inputs, and what they are once case, white space and the width of characters do not count.
+FOLDED = {"sun moon": "sun moon", " Sun  moon ": "sun moon", "\uff53un moon": "sun moon", "sun": "sun", "wolf": "wolf"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    inputs=st.lists(st.sampled_from(list(FOLDED)), min_size=2, max_size=8),
+    annotated=st.lists(st.sampled_from(list(FOLDED)), max_size=3),
+    unseen=st.booleans(),
+)
+def test_no_instance_may_choose_an_exemplar_with_its_input(inputs, annotated, unseen):
+    instances = tuple(Instance(str(index), text, (WORDS[index],)) for index, text in enumerate(inputs))
+    examples = tuple(Example(text, "bear") for text in annotated)
+    negative = tuple(Example(text, "bear") for text in FOLDED)  # whose outputs are no answers
+    task = Task("task001", ("a",), ("d",), examples, negative, instances)
+    form = ExtractorIC(1, 32, 16, CandidatePool(negative_examples=True), targets=False)
+    form.build(*([], some_tokenizer(), EMBEDDING, [task]) if unseen else ([task], some_tokenizer(), EMBEDDING))
+    batch = batch_of(some_tokenizer(), [*inputs, "bear"], [0] * (len(inputs) + 1))
+    batch = batch._replace(instance=torch.tensor([*range(len(inputs)), 99]))
+    allowed = form.allowed(batch)
+    for row, text in enumerate([*map(FOLDED.get, inputs), "none"]):
+        found = [c for c, may in zip(form.candidate_rows[0], allowed[row].tolist(), strict=False) if may]
+        expected = [c for c in form.candidate_rows[0] if c.kind == "Negative" or FOLDED[c.example.input] != text]
+        assert found == expected
 
 
 def test_each_instance_may_choose_among_candidates_of_its_own(tokenizer, tasks, backbone):

@@ -1,6 +1,7 @@
 """Candidate exemplars of a task, among which an extractor chooses."""
 
 import random
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class CandidatePool:
         positive_examples: Take the annotated positive examples of the task.
         negative_examples: Take the annotated negative examples, under the header of a negative example.
         definitions: Take all definitions of the task; those after the first are paraphrases where the data has them.
-        instances: Fill up with instances of the task, drawn at random. An instance never gets itself as an exemplar.
+        instances: Fill up with instances of the task, drawn at random. An instance never gets itself as an exemplar,
+            nor one with the same input.
         explanations: Give the explanations of annotated examples.
         seed: Seed of the drawn instances.
 
@@ -96,6 +98,26 @@ class CandidatePool:
         return found[:number]
 
 
+def shown_instances(task: Task, candidates: Sequence[Candidate]) -> tuple[list[int], list[int]]:
+    """Tell which instances a candidate would hand the answer to: those with its input, wherever it was taken from.
+
+    Inputs that differ in case, white space or the form of characters count as one, as they do for many a tokenizer.
+
+    Returns:
+        For each instance of the task the position of the first one with its input; for each candidate that of the
+        first instance with its input, or -1 where there is none, or where its output is no answer.
+    """
+    first: dict[str, int] = {}
+    of_instances = [first.setdefault(_folded(instance.input), n) for n, instance in enumerate(task.instances)]
+    positive = [candidate.kind == "Positive" for candidate in candidates]
+    inputs = [_folded(candidate.example.input) for candidate in candidates]
+    return of_instances, [first.get(text, -1) if shows else -1 for text, shows in zip(inputs, positive, strict=True)]
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Tokenized candidates of tasks.
@@ -106,7 +128,6 @@ class Candidates:
         headers: Tokens of the header of each kind and slot, ``(kinds, slots, header_length)``, padded at the end.
         header_mask: True on tokens, of the same shape.
         kinds: Which of ``headers`` each candidate has, ``(tasks, candidates)``.
-        instances: Position of the instance that each was taken from, or -1, ``(tasks, candidates)``.
         rows: The candidates, by task.
         texts: What the model reads of them, after the header, likewise.
     """
@@ -116,7 +137,6 @@ class Candidates:
     headers: Tensor
     header_mask: Tensor
     kinds: Tensor
-    instances: Tensor
     rows: list[list[Candidate]]
     texts: list[list[str]]
 
@@ -168,14 +188,14 @@ def tokenize_candidates(
     longest = min(length, max(len(ids) for candidates in encoded for ids in candidates))
     ids = torch.full((len(rows), number, longest), tokenizer.pad_token_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
-    kinds, instances = torch.zeros(ids.shape[:2], dtype=torch.long), torch.full(ids.shape[:2], -1)
+    kinds = torch.zeros(ids.shape[:2], dtype=torch.long)
     used = [kind for kind in KINDS if any(candidate.kind == kind for row in rows for candidate in row)]
     for t, candidates in enumerate(encoded):
         for n, row in enumerate(candidates):
             tokens = row[:longest]
             ids[t, n, : len(tokens)] = torch.tensor(tokens)
             mask[t, n, : len(tokens)] = True
-            kinds[t, n], instances[t, n] = used.index(rows[t][n].kind), rows[t][n].instance
+            kinds[t, n] = used.index(rows[t][n].kind)
     headers = [
         encode(tokenizer, example_header(kind, slot + 1)) if kind != "Definition" else []
         for kind in used
@@ -183,4 +203,4 @@ def tokenize_candidates(
     ]
     header_ids = pad(headers, tokenizer.pad_token_id).unflatten(0, (len(used), slots))
     header_mask = pad([[1] * len(header) for header in headers], 0).view(header_ids.shape).bool()
-    return Candidates(ids, mask, header_ids, header_mask, kinds, instances, [list(row) for row in rows], texts)
+    return Candidates(ids, mask, header_ids, header_mask, kinds, [list(row) for row in rows], texts)

@@ -1,5 +1,6 @@
 """Instructions that are exemplars, chosen among candidates."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.collate import Batch, pad
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer
-from diopt_lightning.instructions.candidates import Candidate, CandidatePool, tokenize_candidates
+from diopt_lightning.instructions.candidates import Candidate, CandidatePool, shown_instances, tokenize_candidates
 from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.instructions.relaxation import Relaxation, StraightThrough, without_repetition
 
@@ -25,7 +26,7 @@ class Extractor(Instruction):
     With weights :math:`p` over the candidates, slot :math:`i` of the instruction is its header (`` Positive Example i
     -``) followed by :math:`\sum_j p_{ij} E(\text{candidate}_j)`, position by position. With one-hot weights that is the
     embedded text of the chosen exemplar, token by token; otherwise a position is used if any candidate reaches it. An
-    instance is never its own exemplar.
+    instance is never its own exemplar, and gets none with its input either.
 
     Args:
         slots: :math:`k`, the exemplars to choose. Default: 1.
@@ -48,6 +49,7 @@ class Extractor(Instruction):
     candidate_mask: Tensor
     candidate_kinds: Tensor
     candidate_instances: Tensor
+    first_instances: Tensor
     available: Tensor
     header_ids: Tensor
     header_mask: Tensor
@@ -94,8 +96,12 @@ class Extractor(Instruction):
         """Tokenize the candidates; see :class:`Instruction`."""
         rows = [self.pool.candidates(task, self.candidates) for task in tasks]
         rows += [self.pool.candidates(task, self.candidates, unseen=True) for task in unseen]
+        instances, shown = [], []
         for task, row in zip([*tasks, *unseen], rows, strict=True):
-            self._check_number(task, row)
+            of_instances, of_candidates = shown_instances(task, row)
+            self._check_number(task, of_candidates)
+            instances.append([*of_instances, -2])  # which is no candidate's, for rows that are no instance
+            shown.append(of_candidates + [-1] * (self.candidates - len(row)))
         tokenized = tokenize_candidates(
             rows,
             self.candidates,
@@ -117,7 +123,8 @@ class Extractor(Instruction):
             "candidate_ids": tokenized.ids,
             "candidate_mask": tokenized.mask,
             "candidate_kinds": tokenized.kinds,
-            "candidate_instances": tokenized.instances,
+            "candidate_instances": torch.tensor(shown),
+            "first_instances": pad(instances, -2),
             "available": available,
             "header_ids": tokenized.headers,
             "header_mask": tokenized.header_mask,
@@ -127,17 +134,17 @@ class Extractor(Instruction):
         # Where every instance may choose among all candidates there is nothing to mask.
         self._restricted = (
             not bool(available.all())
-            or bool((tokenized.instances >= 0).any())
+            or bool((self.candidate_instances >= 0).any())
             or self.candidates_per_instance is not None
         )
 
-    def _check_number(self, task: Task, row: Sequence[Candidate]) -> None:
-        # An instance that is a candidate itself has one fewer to choose from.
-        usable = len(row) - any(candidate.instance >= 0 for candidate in row)
-        if usable < (1 if self.repeats else self.slots):
+    def _check_number(self, task: Task, shown: Sequence[int]) -> None:
+        # Those with the input of an instance are none that it can choose.
+        own = max(Counter(position for position in shown if position >= 0).values(), default=0)
+        if len(shown) - own < (1 if self.repeats else self.slots):
             raise ConfigurationError(
-                f"The task `{task.name}` has {len(row)} candidate exemplars for {self.slots} `slots`"
-                + (", one of which may be the instance itself" if usable < len(row) else "")
+                f"The task `{task.name}` has {len(shown)} candidate exemplars for {self.slots} `slots`"
+                + (f", {'one' if own == 1 else own} of which may be the instance itself" if own else "")
                 + ": lower `slots`, or let the `pool` take more kinds of candidates (of a task that is not trained on, "
                 "only annotated ones count)."
             )
@@ -150,7 +157,8 @@ class Extractor(Instruction):
         """Which candidates each instance may choose ``(batch, candidates)``; ``None`` where that is all of them."""
         if not self._restricted:
             return None
-        allowed = self.available[batch.task] & (self.candidate_instances[batch.task] != batch.instance.unsqueeze(1))
+        own = self.first_instances[batch.task, batch.instance.clamp(max=self.first_instances.shape[1] - 1)]
+        allowed = self.available[batch.task] & (self.candidate_instances[batch.task] != own.unsqueeze(1))
         if self.candidates_per_instance is None:
             return allowed
         # Drawn on the CPU: the same candidates for a seed on every machine.
