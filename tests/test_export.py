@@ -1,25 +1,33 @@
 """What is exported, read back by what it is for: the data module, safetensors, PEFT and transformers."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import diopt_lightning.export.adapter
+import diopt_lightning.export.embeddings
 from diopt_lightning import ConfigurationError
-from diopt_lightning.backbones import RandomSeq2Seq
+from diopt_lightning.backbones import LoRA, RandomCausal, RandomSeq2Seq
 from diopt_lightning.cli import main
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.prompts import render, render_input
 from diopt_lightning.data.tasks import read_tasks
+from diopt_lightning.data.text_format import TextFormat
 from diopt_lightning.export import (
     SavedRun,
     export_adapter,
@@ -28,6 +36,7 @@ from diopt_lightning.export import (
     export_text,
     instruction_embeddings,
 )
+from diopt_lightning.export.model import plain_model
 from diopt_lightning.instructions import (
     CandidatePool,
     ChosenExemplar,
@@ -41,6 +50,8 @@ from diopt_lightning.instructions import (
     TaskWeights,
 )
 from diopt_lightning.instructions.base import InstructionEmbeddings
+from tests import backbones
+from tests.backbones import CAUSAL, FAMILIES, TARGETS, TEXTS, made, some_tokenizer
 from tests.conftest import TINY_T5
 from tests.helpers import prepend, quiet_trainer
 from tests.runs import data, optimization
@@ -446,3 +457,70 @@ def test_every_argument_is_described(capsys):
     assert help_text.startswith("usage: diopt export")
     assert "Write what a run has learned to a folder" in help_text
     assert "A new folder to write to." in help_text
+
+
+ADAPTED = {
+    "llama": ["q_proj", "down_proj", "embed_tokens", "lm_head"],
+    "gpt2": ["c_attn", "wte", "lm_head"],
+    "t5": ["q", "wo", "shared", "lm_head"],
+    "bart": ["q_proj", "fc1", "embed_tokens", "lm_head"],
+    "umt5": ["q", "wo", "shared", "lm_head"],
+}
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(choice=st.data(), family=st.sampled_from(list(ADAPTED)), tied=st.booleans(), half=st.booleans())
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_exported_model_is_what_was_trained_whatever_is_adapted(choice, family, tied, half):
+    targets = choice.draw(st.lists(st.sampled_from(ADAPTED[family]), min_size=1, unique=True))
+    kind, auto = (RandomCausal, AutoModelForCausalLM) if family in CAUSAL else (RandomSeq2Seq, AutoModelForSeq2SeqLM)
+    tokenizer, config = some_tokenizer(), FAMILIES[family] | {"tie_word_embeddings": tied}
+    adapter = LoRA(2, target_modules=targets, base_dtype="bfloat16" if half else None)
+    backbone = made(lambda **options: kind(config, **options), tokenizer, adapter).float().eval()
+    batch = backbones.rows(backbone, tokenizer, TEXTS, TARGETS)
+    if family == "umt5" and {"shared", "lm_head"} & set(targets):  # computes in another way if nothing is tied
+        with pytest.raises(ConfigurationError, match="with the adapters in its weights is not what was trained"):
+            plain_model(backbone.model)
+        return
+    with tempfile.TemporaryDirectory() as root, torch.no_grad():
+        trained = backbone.target_losses(batch, None)
+        export_model(plain_model(backbone.model), tokenizer, folder := Path(root) / "model")
+        assert torch.equal(backbone.target_losses(batch, None), trained)  # it is left as it was
+        backbone.model = auto.from_pretrained(folder)
+        torch.testing.assert_close(backbone.target_losses(batch, None), trained, rtol=0, atol=2e-5)
+
+
+def test_what_is_written_as_something_else_is_refused_and_removed(monkeypatch, tmp_path):
+    tokenizer = some_tokenizer()
+    backbone = made("t5", tokenizer)
+    embeddings = {"task001": torch.randn(2, 16), "task002": torch.randn(2, 16)}
+
+    def zeros(tensors: dict[str, Tensor], *arguments: Any) -> None:
+        save_file({name: 0 * tensor for name, tensor in tensors.items()}, *arguments)
+
+    for module in (diopt_lightning.export.adapter, diopt_lightning.export.embeddings):
+        monkeypatch.setattr(module, "save_file", zeros)
+    with pytest.raises(ConfigurationError, match=r"The adapter of `task001` is not what was trained: on a batch"):
+        export_adapter(embeddings, tmp_path / "out", model=backbone.model)
+    with pytest.raises(ConfigurationError, match=r"The vectors in .* are not what was trained"):
+        export_embeddings(embeddings, tmp_path / "out", "EmbedderDP", "t5")
+    save = type(backbone.model).save_pretrained
+
+    def changed(model: Any, folder: Path) -> None:
+        model = copy.deepcopy(model)
+        model.lm_head.weight.data *= 2
+        save(model, folder)
+
+    monkeypatch.setattr(type(backbone.model), "save_pretrained", changed)
+    with pytest.raises(
+        ConfigurationError, match=r"The T5ForConditionalGeneration written to .* is not what was trained"
+    ):
+        export_model(backbone.model, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_stands_before_everything_or_is_refused(soft, capfd, monkeypatch):
+    monkeypatch.setattr(RandomSeq2Seq, "text_format", lambda self, tokenizer: TextFormat(before=(1,)))
+    said = refused(capfd, soft.checkpoint, "out", "--format=adapter")
+    assert "reads 1 tokens before a learned instruction" in said
+    assert not Path("out").exists()

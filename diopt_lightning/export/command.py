@@ -1,9 +1,7 @@
 """The command ``diopt export``."""
 
 from pathlib import Path
-from typing import Literal, cast
-
-from torch import nn
+from typing import Literal
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.adapter import export_adapter
@@ -23,6 +21,8 @@ def export(
     config: Path | None = None,
 ) -> None:
     """Write what a run has learned to a folder, for other programs to read.
+
+    What was written is read again and compared with what was trained, models and adapters on a batch.
 
     Args:
         checkpoint: A checkpoint of the run.
@@ -51,10 +51,7 @@ def export(
 
 
 def _export_model(saved: SavedRun, folder: Path) -> None:
-    module, data = saved.modules
-    module.backbone.build(data.tokenizer)
-    saved.load(module.backbone, "backbone.")
-    export_model(plain_model(cast(nn.Module, module.backbone.model)), data.tokenizer, folder)
+    export_model(plain_model(saved.model), saved.modules[1].tokenizer, folder)
 
 
 def _export_text(saved: SavedRun, folder: Path, names: list[str]) -> None:
@@ -73,7 +70,13 @@ def _export_vectors(saved: SavedRun, folder: Path, names: list[str], adapter: bo
         )
     embeddings = saved.embeddings()
     chosen = {name: embeddings[name] for name in names}
-    if adapter:
-        export_adapter(chosen, folder, saved.instruction["encoder_decoder"])
-    else:
+    if not adapter:
         export_embeddings(chosen, folder, form, backbone)
+        return
+    before = saved.modules[0].backbone.text_format(saved.modules[1].tokenizer).before
+    if before:
+        raise ConfigurationError(
+            f"The model reads {len(before)} tokens before a learned instruction, such as the one that begins a "
+            "sequence, and PEFT puts an adapter before everything: export another `format` (`embeddings`)."
+        )
+    export_adapter(chosen, folder, saved.instruction["encoder_decoder"], model=plain_model(saved.model))

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diopt_lightning.errors import ConfigurationError
@@ -55,7 +56,7 @@ def export_embeddings(embeddings: Mapping[str, Tensor], folder: Path, form: str,
         The file's path.
 
     Raises:
-        ConfigurationError: If the folder is not empty.
+        ConfigurationError: If the folder is not empty, or what is read again is something else.
 
     Example:
         >>> import tempfile, torch
@@ -63,8 +64,13 @@ def export_embeddings(embeddings: Mapping[str, Tensor], folder: Path, form: str,
         >>> export_embeddings({"task001": torch.zeros(16, 64)}, folder, "EmbedderDP", "google/t5-base-lm-adapt").name
         'instructions.safetensors'
     """
-    path = new_folder(folder) / FILE
+    path = folder / FILE
     metadata = {"format": "pt", "form": form, "backbone": backbone, "tasks": json.dumps(list(embeddings))}
     # Copies: safetensors refuses tensors that share memory, as rows of one matrix do.
-    save_file({name: rows.detach().cpu().clone() for name, rows in embeddings.items()}, path, metadata)
+    copies = {name: rows.detach().cpu().clone() for name, rows in embeddings.items()}
+    with new_folder(folder):
+        save_file(copies, path, metadata)
+        found = load_file(path)
+        if found.keys() != copies.keys() or not all(torch.equal(found[name], copies[name]) for name in copies):
+            raise ConfigurationError(f"The vectors in {path} are not what was trained: export another `format`.")
     return path

@@ -1,15 +1,19 @@
 """Folders to write to."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diopt_lightning.errors import ConfigurationError
 
 
-def new_folder(folder: Path) -> Path:
-    """Make a folder, and return it.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder to write to, and remove it again where an error comes in between.
 
     Raises:
-        ConfigurationError: If there is something in it already, or it cannot be made.
+        ConfigurationError: If there is something in it already, or it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -22,4 +26,13 @@ def new_folder(folder: Path) -> Path:
         raise ConfigurationError(
             f"The folder {folder} is not empty, and an export overwrites nothing: give a new one, or empty it."
         )
-    return folder
+    try:
+        yield folder
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ConfigurationError(
+            f"Cannot write to the folder {folder} ({error.strerror or error}): give another one to export to."
+        ) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diopt_lightning.backbones.frozen import add_frozen
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
@@ -94,7 +93,15 @@ class SavedRun:
             )
         return module, data
 
-    def load(self, part: torch.nn.Module, prefix: str) -> None:
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, with its adapters if there are any."""
+        module, data = self.modules
+        module.backbone.build(data.tokenizer)
+        self.load(module.backbone, "backbone.")
+        return cast(nn.Module, module.backbone.model)
+
+    def load(self, part: nn.Module, prefix: str) -> None:
         """Give a part of the module its trained weights.
 
         Args:

@@ -59,13 +59,16 @@ def export_text(
         read_task(path, root)  # says what is wrong with the file
         document = json.loads(path.read_text(encoding="utf-8"))
         written[path.name] = _with_instruction(document, description, form, tokenizer)
-    new_folder(folder)
-    for part in ("tasks", "splits"):
-        # Without permissions: a copy of read-only data can be written to.
-        shutil.copytree(root / part, folder / part, copy_function=shutil.copyfile)
-    for name, document in written.items():
-        text = json.dumps(document, indent=4, ensure_ascii=False)
-        (folder / "tasks" / name).write_text(f"{text}\n", encoding="utf-8")
+    with new_folder(folder):
+        for part in ("tasks", "splits"):
+            # Without permissions: a copy of read-only data can be written to.
+            shutil.copytree(root / part, folder / part, copy_function=shutil.copyfile)
+        for name, document in written.items():
+            path = folder / "tasks" / name
+            path.write_text(json.dumps(document, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+            read_task(path, folder)  # what was learned may be no text that a task can have
+            if json.loads(path.read_text(encoding="utf-8")) != document:
+                raise ConfigurationError(f"{path} is not what was written: export another `format`.")
 
 
 def _with_instruction(
