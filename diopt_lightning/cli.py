@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diopt_lightning.callbacks import standard_callbacks
+from diopt_lightning.data.files import printable
 from diopt_lightning.errors import ConfigurationError, TrainingError
 from diopt_lightning.rebuilding import OPTIONS
 from diopt_lightning.resuming import Interrupted, KeptConfig, WholeCheckpoints, find_checkpoint, read_checkpoint
@@ -125,13 +126,13 @@ def main(args: Sequence[str] | None = None) -> int:
         print("diopt: Stopped before there was anything to save.", file=sys.stderr)
         return 128 + signal.SIGINT
     except TrainingError as error:
-        print(f"diopt: error: {error}", file=sys.stderr)
+        print("diopt: error:", printable(str(error), keep="\n"), file=sys.stderr)
         return 1
     except ValueError as error:
         mistake = configuration_error(error)
         if mistake is None:
             raise
-        print(f"diopt: error: {mistake}", file=sys.stderr)
+        print("diopt: error:", printable(str(mistake), keep="\n"), file=sys.stderr)
         return 2
     return 0
 

@@ -1,8 +1,13 @@
 """What was learned, to look at: numbers against slow versions, the callback in small runs, the command's outputs."""
 
+import csv
+import html
+import io
 import itertools
 import json
 import math
+import tempfile
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,15 +15,21 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
+from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diopt_lightning import ConfigurationError, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.callbacks import LearnedInstructions, RandomState
+from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
 from diopt_lightning.cli import main
+from diopt_lightning.data.files import printable
+from diopt_lightning.export import export_adapter, export_embeddings, export_text
+from diopt_lightning.export.folder import file_name
 from diopt_lightning.inspection import Report, load, page, picture, select, show
 from diopt_lightning.inspection.diversity import (
     effective_rank,
@@ -26,8 +37,11 @@ from diopt_lightning.inspection.diversity import (
     task_vectors,
     two_dimensional,
 )
-from diopt_lightning.inspection.terminal import markdown
+from diopt_lightning.inspection.report import as_json
+from diopt_lightning.inspection.terminal import markdown, tasks_table
 from diopt_lightning.instructions import (
+    ChosenExemplar,
+    Description,
     EmbedderDP,
     Instruction,
     RandomExemplar,
@@ -384,3 +398,97 @@ def test_too_few_moments_are_refused():
 
 def test_a_selection_keeps_what_is_missing_missing():
     assert select(hostile(), "two")["history"][1]["learned"] == []
+
+
+HOSTILE_PIECES = ["\x1b[31m", "\x9b2J", "\u202e", "\u2028", "\x00", "\r", "\n", "\t", "[bold]x[/x]", "[/x]", "<script>"]
+HOSTILE_PIECES += [
+    "&amp;",
+    "|",
+    "*_`",
+    ",=1+1",
+    '"',
+    "'",
+    "../",
+    "/abs",
+    "..",
+    ".",
+    "\\",
+    "%2F",
+    "\ud800",
+    "\U000e0001",
+    "é",
+    "a" * 300,
+]
+ANY_TEXT = st.lists(st.one_of(st.sampled_from(HOSTILE_PIECES), st.text()), max_size=4).map("".join)
+
+
+def saying(name: str, form: str, text: str) -> dict[str, Any]:
+    slot = {"candidate": 1, "probability": 0.75, "exemplar": text, "input": text}
+    learned = [{"task": name, "slots": [slot], "nearest_tokens": [text], "cosine": [0.5]}]
+    return {"form": form, "backbone": text, "tasks": [name], "learned": learned, "step": 7}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(name=ANY_TEXT, other=ANY_TEXT, text=ANY_TEXT)
+def test_any_text_is_escaped_for_where_it_goes(name, other, text):
+    data = saying(name, other, text)
+    report = Report.of(data)
+    # The terminal: nothing that it obeys, and no markup.
+    cells = [str(cell) for column in tasks_table(report).columns for cell in column.cells]
+    assert cells[0] == printable(name)
+    show(report, Console(file=(terminal := io.StringIO()), width=500, force_terminal=True, color_system=None))
+    Console(file=terminal, width=500).print(Text(printable(other)))
+    assert all(c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" for c in terminal.getvalue())
+    # Markdown, as TensorBoard reads it: as many cells as columns.
+    table = [line for line in markdown(report).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {5}
+    assert html.unescape(table[2].split("|")[1].strip()) == printable(name).strip()
+    # HTML: no tag of its own, and the text is there.
+    tags = Tags(page(report))
+    assert tags.seen == Tags(page(Report.of(saying("a", "b", "c")))).seen
+    assert printable(name, keep="\n\t") in tags.text
+    page(report).encode()
+    # JSON, in a file and as a line of one: the same data, for whoever splits lines in whatever way.
+    for indent in (1, None):
+        written = as_json(data, indent)
+        assert json.loads(written) == data
+        assert written.encode()
+    assert len(as_json(data, None).splitlines()) == 1
+    # CSV, by Lightning's logger, of what names of tasks may have.
+    metric = f"dev/rouge/{name}".replace("\ud800", "")
+    with tempfile.TemporaryDirectory() as root:
+        logger = CSVLogger(root)
+        logger.log_metrics({metric: 1.0, "other": 2.0}, step=0)
+        logger.save()
+        with open(Path(logger.log_dir) / "metrics.csv", newline="", encoding="utf-8") as file:
+            assert [row[metric] for row in csv.DictReader(file)] == ["1.0"]
+    # Names of files: within the folder, and no two alike.
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / file_name(name)
+        path.mkdir()
+        assert [child.name for child in Path(root).iterdir()] == [path.name]
+    assert (file_name(name) == file_name(other)) == (name == other)
+
+
+def test_names_of_others_neither_leave_the_folder_nor_end_a_run(tmp_path, capsys):
+    names = ["../../x", "/abs/x", "..", "a" * 300, "[/x]"]
+    export_adapter({name: torch.zeros(1, 2) for name in names}, tmp_path / "in" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert sorted(path.name for path in (tmp_path / "in" / "out").iterdir()) == sorted(map(file_name, names))
+    Results()._show("title", {"[bold]x": "1"}, Path("[/x]\x1b"))
+    assert main(["instructions", "\x1b[31m\x9b\u202enowhere.ckpt"]) == 2
+    said = capsys.readouterr()
+    assert "Results are in [/x]\\x1b" in said.out
+    assert "[bold]x" in said.out
+    assert "\\x1b[31m\\x9b\\u202enowhere.ckpt" in said.err
+    assert (said.out + said.err).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/abs/x", "x\x00", "\ud800"])
+def test_a_task_that_no_file_can_have_is_refused(name, layout, tmp_path):
+    slot = ChosenExemplar(0, 1.0, input="oak", output="fox")
+    with pytest.raises(ConfigurationError, match="which no file can have"):
+        export_text(layout(), tmp_path / "out", [Description(name, slots=[slot])], "ExtractorDP")
+    with pytest.raises(ConfigurationError, match="which no tensor in a file can have"):
+        export_embeddings({"__metadata__": torch.zeros(1, 2)}, tmp_path / "out", "EmbedderDP", "t5")
+    assert not (tmp_path / "out").exists()

@@ -1,14 +1,15 @@
 """What a run leaves behind: losses, learned instructions, metrics and predictions, in one folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diopt_lightning.callbacks.figures import draw_losses
+from diopt_lightning.data.files import printable
 from diopt_lightning.inspection.report import as_json
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction
@@ -97,7 +98,7 @@ class Results(Callback):
         if trainer.is_global_zero and predictions:
             with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
-                    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+                    file.write(as_json(prediction, indent=None))
         return len(predictions)
 
     def _show(self, title: str, rows: dict[str, str], folder: Path) -> None:
@@ -107,10 +108,10 @@ class Results(Callback):
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(Text(printable(name)), value)
         console = Console()
         console.print(table)
-        console.print(f"Results are in {folder}", soft_wrap=True, highlight=False)
+        console.print(Text(printable(f"Results are in {folder}")), soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses so far, so that a resumed run's picture is whole."""

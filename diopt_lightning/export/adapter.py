@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.comparison import log_probabilities, require_equal
-from diopt_lightning.export.folder import new_folder
+from diopt_lightning.export.folder import file_name, new_folder
 
 
 def export_adapter(
@@ -20,6 +20,9 @@ def export_adapter(
     model: PreTrainedModel | None = None,
 ) -> None:
     """Write an adapter of each task to ``folder/TASK``, for ``PeftModel.from_pretrained(model, folder / TASK)``.
+
+    What cannot stand in the name of a file is spelled out there; see :func:`~diopt_lightning.export.folder.file_name`.
+
 
     ``model`` must be the one that was trained with the instruction (:func:`~diopt_lightning.export.export_model`), not
     the pretrained one that training began with. Its inputs must be padded at the end, as they are here: PEFT puts an
@@ -53,11 +56,13 @@ def export_adapter(
                 num_transformer_submodules=1,
                 inference_mode=True,
             )
-            config.save_pretrained(str(folder / name))
+            config.save_pretrained(str(folder / file_name(name)))
             # What PEFT's own `save_pretrained` writes, without a model to attach the adapter to.
-            save_file({"prompt_embeddings": rows.detach().cpu().clone()}, folder / name / SAFETENSORS_WEIGHTS_NAME)
+            save_file(
+                {"prompt_embeddings": rows.detach().cpu().clone()}, folder / file_name(name) / SAFETENSORS_WEIGHTS_NAME
+            )
         if model is not None:
             name, rows = next(iter(embeddings.items()))
             trained = log_probabilities(model, rows)
-            found = log_probabilities(PeftModel.from_pretrained(model, folder / name))
+            found = log_probabilities(PeftModel.from_pretrained(model, folder / file_name(name)))
             require_equal(found, trained, f"The adapter of `{name}`", "Export another `format` (`embeddings`).")

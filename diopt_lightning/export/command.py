@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from diopt_lightning.data.files import printable
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.adapter import export_adapter
 from diopt_lightning.export.embeddings import export_embeddings
@@ -47,7 +48,7 @@ def export(
         _export_text(saved, folder, saved.choose(tasks))
     else:
         _export_vectors(saved, folder, saved.choose(tasks), format == "adapter")
-    print(f"Written to {folder}")
+    print(printable(f"Written to {folder}"))
 
 
 def _export_model(saved: SavedRun, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diopt_lightning.data.files import quoted
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.folder import new_folder
 from diopt_lightning.modules.evaluation import InstructionEvaluation
@@ -64,6 +65,11 @@ def export_embeddings(embeddings: Mapping[str, Tensor], folder: Path, form: str,
         >>> export_embeddings({"task001": torch.zeros(16, 64)}, folder, "EmbedderDP", "google/t5-base-lm-adapt").name
         'instructions.safetensors'
     """
+    for name in embeddings:
+        if name == "__metadata__" or name.encode("utf-8", "replace").decode() != name:
+            raise ConfigurationError(
+                f"The checkpoint names the task {quoted(name)}, which no tensor in a file can have."
+            )
     path = folder / FILE
     metadata = {"format": "pt", "form": form, "backbone": backbone, "tasks": json.dumps(list(embeddings))}
     # Copies: safetensors refuses tensors that share memory, as rows of one matrix do.

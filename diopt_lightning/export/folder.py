@@ -1,11 +1,35 @@
 """Folders to write to."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from diopt_lightning.errors import ConfigurationError
+
+# Of the 255 bytes that a file's name may have.
+LONGEST_NAME = 200
+ANY = "surrogatepass"
+
+
+def file_name(name: str) -> str:
+    """A name that somebody else has given, as that of a file: no two alike, and none that leads out of its folder.
+
+    Letters and digits of all scripts, ``_``, ``-`` and inner dots stay; other characters become ``%`` and their bytes.
+    What is long is cut, and ends with a digest.
+
+    Example:
+        >>> file_name("task001_a-b"), file_name("../x"), file_name("/[b]")
+        ('task001_a-b', '%2E.%2Fx', '%2F%5Bb%5D')
+    """
+    found = "".join(
+        c if c.isalnum() or c in "_-" or (c == "." and place) else "".join(f"%{b:02X}" for b in c.encode("utf-8", ANY))
+        for place, c in enumerate(name)
+    )
+    if found and len(found.encode()) <= LONGEST_NAME:
+        return found
+    return f"{found[: LONGEST_NAME // 8]}%{hashlib.sha256(name.encode('utf-8', ANY)).hexdigest()}"
 
 
 @contextmanager

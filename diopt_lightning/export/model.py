@@ -35,7 +35,9 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         read = partial(kind.from_pretrained, folder, dtype=model.dtype, trust_remote_code=False)
         what = f"The {type(model).__name__} written to {folder}"
         written: Any = read_again(read, what)
-        require_equal(log_probabilities(written.to(model.device)), log_probabilities(model), what, "transformers cannot keep it.")
+        require_equal(
+            log_probabilities(written.to(model.device)), log_probabilities(model), what, "transformers cannot keep it."
+        )
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

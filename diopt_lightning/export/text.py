@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from diopt_lightning.data.files import quoted
 from diopt_lightning.data.tasks import read_task
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.export.folder import new_folder
+from diopt_lightning.inspection.report import as_json
 from diopt_lightning.instructions.description import Description
 
 # Where a candidate of each kind stands in a task file.
@@ -56,6 +58,10 @@ def export_text(
     written = {}
     for description in learned:
         path = root / "tasks" / f"{description.task}.json"
+        if path.parent != root / "tasks" or not path.name.isprintable():
+            raise ConfigurationError(
+                f"The checkpoint names the task {quoted(description.task)}, which no file can have."
+            )
         read_task(path, root)  # says what is wrong with the file
         document = json.loads(path.read_text(encoding="utf-8"))
         written[path.name] = _with_instruction(document, description, form, tokenizer)
@@ -65,7 +71,7 @@ def export_text(
             shutil.copytree(root / part, folder / part, copy_function=shutil.copyfile)
         for name, document in written.items():
             path = folder / "tasks" / name
-            path.write_text(json.dumps(document, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(as_json(document, indent=4), encoding="utf-8")
             read_task(path, folder)  # what was learned may be no text that a task can have
             if json.loads(path.read_text(encoding="utf-8")) != document:
                 raise ConfigurationError(f"{path} is not what was written: export another `format`.")

@@ -1,8 +1,9 @@
 """What was learned, as one HTML page that needs nothing else: no script, no file beside it."""
 
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 
+from diopt_lightning.data.files import printable
 from diopt_lightning.inspection.report import MEASURES, Choice, Report, TaskReport
 from diopt_lightning.inspection.terminal import headline
 
@@ -27,6 +28,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: .87
 svg { display: block; max-width: 100%; height: auto; } svg.plane { background: var(--card); border-radius: 6px; }
 svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 """
+
+
+def escape(text: str) -> str:
+    """A text from tasks or models as a page shows it."""
+    return escape_html(printable(text, keep="\n\t"))
 
 
 def page(report: Report) -> str:

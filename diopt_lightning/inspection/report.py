@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from diopt_lightning.data.files import printable
 from diopt_lightning.data.tasks import matching_tasks
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.description import ChosenExemplar, Description
@@ -188,9 +189,22 @@ def in_order(data: dict[str, Any]) -> dict[str, Any]:
     return {name: data[name] for name in [*first, *(name for name in data if name not in first)]}
 
 
-def as_json(data: Any) -> str:
-    """Plain data as the indented JSON of a file."""
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+def as_json(data: Any, indent: int | None = 1) -> str:
+    r"""Plain data as the JSON of a file, or, without ``indent``, as a line of one.
+
+    Letters of all scripts are written as they are, and what :func:`~diopt_lightning.data.files.printable` would spell
+    out by JSON's own escapes: the data that are read again are equal.
+
+    Example:
+        >>> print(as_json({"é": "\x9b"}, indent=None), end="")
+        {"é": "\u009b"}
+    """
+
+    def escaped(line: str) -> str:
+        return line if line.isprintable() else "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in line)
+
+    lines = json.dumps(data, indent=indent, ensure_ascii=False).split("\n")
+    return "\n".join(map(escaped, lines)) + "\n"
 
 
 def select(data: dict[str, Any], patterns: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from diopt_lightning.data.files import printable
 from diopt_lightning.inspection.report import MEASURES, Choice, Report, TaskReport
 
 # Of a soft instruction, which may have a hundred vectors, a row shows the first few.
@@ -20,13 +21,14 @@ def show(report: Report, console: Console) -> None:
         console.print(Text("diversity over all train tasks"))
         console.print(diversity_table(report))
     if not any(task.choices or task.tokens or task.weight is not None for task in report.tasks):
-        console.print(f"{report.form} has nothing to show by task: its instructions depend on the instance.")
+        form = printable(report.form)
+        console.print(Text(f"{form} has nothing to show by task: its instructions depend on the instance."))
 
 
 def headline(report: Report) -> str:
     """What the report is about, in a line."""
     after = f" after {report.step:,} inner steps" if report.step is not None else ""
-    return f"{report.form}, {len(report.tasks):,} train tasks{after}"
+    return f"{printable(report.form)}, {len(report.tasks):,} train tasks{after}"
 
 
 def tasks_table(report: Report) -> Table:
@@ -49,7 +51,8 @@ def tasks_table(report: Report) -> Table:
         for position, row in enumerate(rows or [[]]):
             first = [task.name, *([weight_cell(task)] if weighted else [])]
             cells = [*(first if position == 0 else [""] * len(first)), *row]
-            table.add_row(*map(Text, cells))  # as it is: an exemplar may look like rich's markup
+            # As it is: an exemplar may look like rich's markup, or like what a terminal obeys.
+            table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
