@@ -148,6 +148,22 @@ def check_losses_do_not_depend_on_other_rows(make: Make) -> None:
         assert torch.allclose(5 * tenth, half, rtol=1e-3)
 
 
+def check_generation_does_not_depend_on_other_rows(make: Make) -> None:
+    """What is generated for each row is what is generated for it alone, with an instruction and without."""
+    tokenizer = some_tokenizer()
+    backbone = made(make, tokenizer).eval()
+    instruction = written(INSTRUCTIONS, tokenizer, backbone)
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    for given in (None, instruction):
+        together = backbone.generate(batch, 6, given)
+        for row in range(len(TEXTS)):
+            text = rows(backbone, tokenizer, TEXTS[row : row + 1], TARGETS[row : row + 1])
+            own = InstructionEmbeddings(*(column[row : row + 1] for column in given[:2])) if given else None
+            alone = backbone.generate(text, 6, own)[0].tolist()
+            assert together[row].tolist()[: len(alone)] == alone
+            assert set(together[row].tolist()[len(alone) :]) <= {tokenizer.pad_token_id}
+
+
 def check_gradients(make: Make) -> None:
     """Gradients and hypergradients are right in float64."""
     tokenizer = some_tokenizer()
@@ -181,4 +197,10 @@ def check_build(make: Make) -> None:
     assert set(backbone.frozen_names()) <= dict(backbone.named_parameters(remove_duplicate=False)).keys()
 
 
-CHECKS = [check_instructions_are_read_as_text, check_losses_do_not_depend_on_other_rows, check_gradients, check_build]
+CHECKS = [
+    check_instructions_are_read_as_text,
+    check_losses_do_not_depend_on_other_rows,
+    check_generation_does_not_depend_on_other_rows,
+    check_gradients,
+    check_build,
+]

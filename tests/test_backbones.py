@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 import diopt_lightning.backbones
 from diopt_lightning import ConfigurationError
@@ -91,6 +92,53 @@ def test_generation_continues_each_row_greedily_and_stops_at_the_end(name, token
         kept = found[row].tolist()[: len(expected)]
         assert kept == expected
         assert set(found[row].tolist()[len(expected) :]) <= {tokenizer.pad_token_id}
+
+
+SHIPPED = {
+    "min_length": 8,
+    "min_new_tokens": 4,
+    "max_length": 3,
+    "max_time": 1e-9,
+    "stop_strings": ["bear"],
+    "do_sample": True,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "temperature": 9.0,
+    "repetition_penalty": 9.0,
+    "encoder_repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "bad_words_ids": [[token] for token in range(3, 60)],
+    "suppress_tokens": list(range(3, 60)),
+    "begin_suppress_tokens": list(range(3, 60)),
+    "sequence_bias": [[[60], 99.0]],
+    "forced_bos_token_id": 60,
+    "forced_eos_token_id": 60,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "guidance_scale": 9.0,
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 2,
+    "token_healing": True,
+    "return_dict_in_generate": True,
+    "use_cache": False,
+    "eos_token_id": list(range(3, 60)),
+    "pad_token_id": 60,
+    "decoder_start_token_id": 60,
+}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
+def test_nothing_that_ships_with_a_model_changes_what_is_generated(name, tokenizer):
+    backbone = made(name, tokenizer).eval()
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    expected = backbone.generate(batch, 6)
+    for options in ({}, SHIPPED, *({option: value} for option, value in SHIPPED.items())):
+        shipped = GenerationConfig()
+        for option, value in options.items():
+            setattr(shipped, option, value)
+        backbone.model.generation_config = shipped
+        assert torch.equal(backbone.generate(batch, 6), expected), options
+        assert backbone.model.generation_config is shipped  # an exported model has it as before
 
 
 class TestTextFormats:

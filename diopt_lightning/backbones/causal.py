@@ -1,12 +1,12 @@
 """Causal models of transformers: GPT-2, Llama, Qwen, Gemma."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from diopt_lightning.backbones.generation import greedy
 from diopt_lightning.backbones.random_weights import RandomWeights
 from diopt_lightning.backbones.rows import compact, insert, token_losses
 from diopt_lightning.backbones.transformer import TransformersBackbone
@@ -45,15 +45,6 @@ class Causal(TransformersBackbone):
         """The target goes on from the source, or answers it; see :class:`Backbone`."""
         return chat_format(tokenizer) if self.chat_template else causal_format(tokenizer)
 
-    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make the model; see :class:`Backbone`."""
-        super().build(tokenizer)
-        text_format = self.text_format(tokenizer)
-        self._before = len(text_format.before)
-        # The configurations of models name other tokens, or none: the end is what targets end with.
-        self._ends = sorted({text_format.target_after[0], cast(int, tokenizer.eos_token_id)})
-        self._pad = cast(int, tokenizer.pad_token_id)
-
     def check_lengths(self, source: int, target: int) -> None:
         """Check both in one piece; see :class:`Backbone`."""
         self._check_positions(source + target, "A source and its target")
@@ -78,20 +69,11 @@ class Causal(TransformersBackbone):
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Greedy outputs ``(batch, up to max_new_tokens)``; see :class:`Backbone`."""
+        model, options = self.language_model, self.generation_options(max_new_tokens)
+        if instruction is None:
+            return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
         embeddings, mask = self._source(batch, instruction)
-        # What is generated goes on from the last position, which must be that of a token: padding is at the beginning.
-        mask, embeddings = compact(mask, embeddings, left=True)
-        generate = cast(Callable[..., Tensor], cast(Any, self.model).generate)
-        # Of embeddings, what `generate` returns is the new tokens alone.
-        return generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self._ends,
-            pad_token_id=self._pad,
-        )
+        return greedy(model, options, mask, inputs_embeds=embeddings)
 
     def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
         """Instruction and input, ``(batch, length, dim)``, and their mask, with gaps."""

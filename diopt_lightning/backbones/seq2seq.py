@@ -1,16 +1,18 @@
 """Encoder-decoder models of transformers: T5, UMT5, BART."""
 
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from diopt_lightning.backbones.generation import greedy
 from diopt_lightning.backbones.random_weights import RandomWeights
 from diopt_lightning.backbones.rows import compact, insert, token_losses
 from diopt_lightning.backbones.transformer import TransformersBackbone
-from diopt_lightning.data.collate import Batch
+from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import InstructionEmbeddings
@@ -56,7 +58,21 @@ class Seq2Seq(TransformersBackbone):
     def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the model; see :class:`Backbone`."""
         super().build(tokenizer)
-        self._before = len(self.text_format(tokenizer).before)
+        self._start = self._decoder_start(self.text_format(tokenizer))
+
+    def _decoder_start(self, text_format: TextFormat) -> int:
+        """The token that stands before a target where the family itself trains; some wrap its last one around."""
+        model = cast(Any, self.language_model)
+        with suppress(AttributeError, TypeError, ValueError):  # it has no such method, or its configuration no token
+            labels = torch.tensor([[*text_format.target_before, self._pad + 1, *text_format.target_after]])
+            return int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
+        for source in (model.config, model.generation_config):
+            if getattr(source, "decoder_start_token_id", None) is not None:
+                return int(source.decoder_start_token_id)
+        raise ConfigurationError(
+            f"The model ({self.name}) does not say what its decoder begins with: set `decoder_start_token_id` in its "
+            "configuration."
+        )
 
     def check_lengths(self, source: int, target: int) -> None:
         """Check encoder and decoder; see :class:`Backbone`."""
@@ -68,21 +84,24 @@ class Seq2Seq(TransformersBackbone):
     ) -> Tensor:
         """Losses ``(batch,)``; see :class:`Backbone`."""
         embeddings, mask = self._source(batch, instruction)
-        decoder_input_ids = cast(Any, self.model).prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        targets = batch.labels.masked_fill(batch.labels == IGNORED_LABEL, self._pad)
         output = self.model(
-            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=decoder_input_ids, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            decoder_input_ids=F.pad(targets[:, :-1], (1, 0), value=self._start),
+            use_cache=False,
         )
         return token_losses(output.logits, batch.labels, label_smoothing)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
         """Greedy outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
-        generate = cast(Callable[..., Tensor], cast(Any, self.model).generate)
-        source: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if instruction is not None:
-            embeddings, mask = self._source(batch, instruction)
-            source = {"inputs_embeds": embeddings, "attention_mask": mask}
-        return generate(**source, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        model = self.language_model
+        options = self.generation_options(max_new_tokens, decoder_start_token_id=self._start)
+        if instruction is None:
+            return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
+        embeddings, mask = self._source(batch, instruction)
+        return greedy(model, options, mask, inputs_embeds=embeddings)
 
     def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
         """What the encoder reads, ``(batch, length, dim)``, and its mask, padded at the end."""

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diopt_lightning.backbones.base import Backbone
 from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
@@ -90,9 +90,23 @@ class TransformersBackbone(Backbone):
             # Not transformers' own way, which keeps all activations in evaluation mode, where hypergradients compute.
             for layer in transformer_layers(self.model):
                 checkpoint_activations(layer)
+        text_format = self.text_format(tokenizer)
+        self._before, self._pad = len(text_format.before), cast(int, tokenizer.pad_token_id)
+        # The configurations of models name other tokens, or none: the end is what targets end with.
+        self._ends = sorted({text_format.target_after[0], cast(int, tokenizer.eos_token_id)})
         if self.compile_model:
             # Batches differ in length: one program for all lengths.
             self.model.compile(dynamic=True)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The model of transformers itself, inside of its adapters if there are any."""
+        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+
+    def generation_options(self, max_new_tokens: int, **options: int) -> GenerationConfig:
+        """All that decides what is generated, beside the model."""
+        ends, pad = self._ends, self._pad
+        return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **options)
 
     def frozen_names(self) -> list[str]:
         """Names of what was loaded and is not learned; see :class:`Backbone`."""
