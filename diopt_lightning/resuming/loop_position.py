@@ -1,0 +1,67 @@
+"""Where Lightning's loops stand when a run goes on: where they would if it had never been stopped."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import RestartStage, _FitLoop
+
+
+def put_in_place(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Set the counters of loops that were restored from a checkpoint, before their first batch.
+
+    Lightning 2.6 takes an epoch whose last batch was done for one that is still to be done: it counts it as processed
+    and completed (the fit loop's ``reset``) and then skips counting the next one as ready and started
+    (``on_advance_start``), so that a checkpoint of the resumed run, from which it goes on again, tells one epoch too
+    few, and the run trains too long. Under ``max_steps`` it begins an epoch anew, or takes one batch more than the
+    epoch has, wherever the last run had ended. Here all follows from two facts: how many epochs had begun, and how many
+    batches of the last of them were done.
+
+    Args:
+        trainer: A trainer whose fit loop is about to begin.
+        saved: What its checkpoint has of the fit loop.
+    """
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
+    begun, done = epochs["total"]["ready"], batches["current"]["processed"]
+    if batches["current"]["ready"] != done or (begun > 0) != (done > 0):
+        return  # in the middle of a step, or before the first: Lightning's business
+    epoch_had_ended = epochs["total"]["processed"] == begun
+    in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
+    validation = loop.val_loop.batch_progress.total
+    validation.ready = validation.started = validation.completed  # the one batch more by which it is begun again
+
+    count_epochs(trainer, epochs, ended=False)
+    due = fit._data_fetcher is not None and loop._should_check_val_fx(fit._data_fetcher)
+    last = batches["is_last_batch"] or done >= trainer.num_training_batches
+    if begun == 0 or (last and (epoch_had_ended or in_batch_end or not due)):
+        count_epochs(trainer, epochs, ended=True)
+        loop._batches_that_stepped += in_batch_end
+        loop.batch_progress.total.completed = loop.batch_progress.total.processed
+        load_loaders(fit)
+        fit._restarting, fit._restart_stage = False, RestartStage.NONE
+        loop.restarting = False
+        loop.reset_restart_stage()
+        return
+    if epoch_had_ended:  # at `max_steps`, in the middle of an epoch, with which the run goes on
+        loop._batches_that_stepped -= due
+        load_loaders(fit)
+        fit.restarting = True
+        loop.update_restart_stage()
+    fit._restart_stage = RestartStage.RESTARTED_MID_EPOCH
+
+
+def load_loaders(fit: _FitLoop) -> None:
+    """Give data loaders that keep states those of the checkpoint, which Lightning does within an epoch alone."""
+    if fit._combined_loader_states_to_load and fit._data_fetcher is not None:
+        fit._restarting = True
+        fit._load_combined_loader_states()
+        iter(fit._data_fetcher)
+
+
+def count_epochs(trainer: Trainer, epochs: dict[str, Any], ended: bool) -> None:
+    """Count all epochs that have begun as done, but the last one if it has not ended."""
+    for name, counts in epochs.items():
+        begun = counts["ready"]
+        done = begun if ended else max(0, begun - 1)
+        part = getattr(trainer.fit_loop.epoch_progress, name)
+        part.load_state_dict({"ready": begun, "started": begun, "processed": done, "completed": done})
