@@ -265,7 +265,8 @@ class BilevelModule(TwoLevels):
         """Add the counters, the estimator's state and what will still be used of an unfinished round."""
         super().on_save_checkpoint(checkpoint)
         needed = self._round.still_needed(self.inner_batches_seen, self.inner_steps_taken)
-        recorded = self.hypergradient.recorded_state(needed.steps)
+        now = self._round.state_dict(needed), self.hypergradient.recorded_state(needed.steps)
+        unfinished, recorded = self._round.loaded or now
         checkpoint["bilevel"] = {
             "inner_batches_seen": self.inner_batches_seen,
             "inner_steps_taken": self.inner_steps_taken,
@@ -275,7 +276,7 @@ class BilevelModule(TwoLevels):
             "skipped": self._skipped.state_dict(),
             # Of a sharded model, each process has recorded its own shards.
             "memory": of_all_processes(recorded) if any_sharded(self.inner_parameters()) else [recorded],
-            "round": of_all_processes(self._round.state_dict(needed)),
+            "round": of_all_processes(unfinished),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,7 +294,7 @@ class BilevelModule(TwoLevels):
         self.hypergradient.load_state_dict(state["hypergradient"])
         self._skipped.load_state_dict(state["skipped"])
         recorded = state["memory"][0] if len(state["memory"]) == 1 else of_this_process(state["memory"])
-        self._round.load_state_dict(of_this_process(state["round"]), recorded or [])
+        self._round.load_state_dict(state["round"], recorded or [])
 
 
 def batch_of_each_level(batch: Any) -> tuple[Any, Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.resuming.processes import of_this_process
 from diopt_lightning.resuming.random_numbers import drawing_from, random_state
 
 Pair = tuple[Any, Any]
@@ -39,6 +41,7 @@ class UnfinishedRound:
         pairs: The last pairs.
         steps: The batches of each of the last inner steps.
         random: The random numbers with which the batches of the present inner step have begun.
+        loaded: The state that was loaded, and what the estimator recorded of its steps, until the first batch.
     """
 
     def __init__(self, inner_steps: int, inner_accumulation: int, outer_accumulation: int, observed_steps: int) -> None:
@@ -47,7 +50,8 @@ class UnfinishedRound:
         self.steps: deque[list[Any]] = deque(maxlen=observed_steps)
         self.random: dict[str, Any] | None = None
         self._sizes = inner_steps, inner_accumulation, outer_accumulation, observed_steps
-        self._saved: tuple[dict[str, Any], list[Any]] | None = None
+        self.loaded: tuple[dict[str, Any], list[Any]] | None = None
+        self._of_others = 0
 
     def add_batches(self, inner_batch: Any, outer_batch: Any, batches_seen: int, device: torch.device) -> bool:
         """Take in a training step's batches, the latest of ``batches_seen``; return whether an inner step has all."""
@@ -80,15 +84,33 @@ class UnfinishedRound:
             "random": self.random if needed.inner_batches else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None, recorded: list[Any]) -> None:
-        """Keep a state, and what the estimator recorded of the steps in it, until a batch tells their structure."""
-        self._saved = None if state is None else (state, recorded)
+    def load_state_dict(self, processes: list[dict[str, Any]], recorded: list[Any]) -> None:
+        """Keep a state, and what the estimator recorded of the steps in it, until a batch tells their structure.
+
+        Args:
+            processes: The states of all processes, of which this one takes its own.
+            recorded: What the estimator recorded.
+        """
+        own = of_this_process(processes)
+        self.loaded = None if own is None else (own, recorded)
+        used_again = any(state[kept] for state in processes for kept in ("inner_batches", "pairs", "steps"))
+        self._of_others = len(processes) if own is None and used_again else 0
 
     def restore(self, inner_batch: Any, outer_batch: Any, device: torch.device) -> list[Any] | None:
-        """Fill in what was loaded, once; return what the estimator recorded, or ``None`` where nothing was loaded."""
-        if self._saved is None:
+        """Fill in what was loaded, once; return what the estimator recorded, or ``None`` where nothing was loaded.
+
+        Raises:
+            ConfigurationError: If batches that are used again were dealt to another number of processes.
+        """
+        if self._of_others:
+            raise ConfigurationError(
+                f"The checkpoint was written in the middle of a round, whose batches were dealt to {self._of_others} "
+                f"process(es), and this run has another number of them: go on with {self._of_others}, or "
+                f"{self._where_others_go_on()}."
+            )
+        if self.loaded is None:
             return None
-        (saved, recorded), self._saved = self._saved, None
+        (saved, recorded), self.loaded = self.loaded, None
         self.inner_batches.extend(structured_as(inner_batch, batch, device) for batch in saved["inner_batches"])
         for inner, outer in saved["pairs"]:
             pair = structured_as(inner_batch, inner, device), structured_as(outer_batch, outer, device)
@@ -96,6 +118,15 @@ class UnfinishedRound:
         self.steps.extend([structured_as(inner_batch, batch, device) for batch in step] for step in saved["steps"])
         self.random = saved["random"]
         return recorded
+
+    def _where_others_go_on(self) -> str:
+        """From which checkpoints another number of processes goes on, in words."""
+        inner_steps, accumulation, _, _ = self._sizes
+        free = [step for step in range(inner_steps) if not any(self.still_needed(step * accumulation, step))]
+        if not free:
+            return "begin anew: the estimator uses inner steps of earlier rounds again, so it works at no step"
+        more = f", or {', '.join(map(str, free[1:]))} more" if free[1:] else ""
+        return f"from a checkpoint after an inner step whose number is a multiple of {inner_steps}{more}"
 
     def redrawing(self, device: torch.device) -> AbstractContextManager[None]:
         """Draw the random numbers again with which the batches of the present inner step have begun."""
