@@ -1,18 +1,24 @@
 """Runs that are interrupted anywhere go on bitwise as if they had not been."""
 
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.trainer.connectors import signal_connector
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.data import DataLoader
 
+from diopt_lightning import ConfigurationError
 from diopt_lightning.bilevel import Neumann, Unrolled
-from diopt_lightning.callbacks import OptimizerOptions, RandomState, UnfinishedValidation
-from diopt_lightning.resuming import WholeCheckpoints
+from diopt_lightning.callbacks import Interruption, OptimizerOptions, RandomState, UnfinishedValidation
+from diopt_lightning.data.workers import ENDING
+from diopt_lightning.resuming import Interrupted, WholeCheckpoints, read_checkpoint
 from tests.helpers import quiet_trainer
 from tests.test_bilevel_module import HyperCleaning, loaders
 
@@ -60,6 +66,22 @@ class EveryBatch(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx}.ckpt")
 
 
+class Everywhere(EveryBatch):
+    """Saves at the ends of epochs and validations too."""
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.save(trainer, "validated")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.save(trainer, "epoch")
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.save(trainer, "end")
+
+    def save(self, trainer: pl.Trainer, where: str) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx}-{where}.ckpt")
+
+
 class Validations(pl.Callback):
     """Notes after which training batch each validation batch was computed."""
 
@@ -70,20 +92,25 @@ class Validations(pl.Callback):
         self.found.append(trainer.fit_loop.total_batch_idx)
 
 
-def fit(make: Any, *callbacks: Any, devices: int = 1, **options: Any) -> pl.LightningModule:
+def fit(make: Any, *callbacks: Any, trainer: dict[str, Any] | None = None, **options: Any) -> pl.LightningModule:
+    pl.seed_everything(0, verbose=False)
     module = make()
     rows = {level: Resumable(loader.dataset, 4) for level, loader in loaders().items()}
-    trainer = quiet_trainer(
-        max_epochs=4,
-        val_check_interval=2,
-        num_sanity_val_steps=0,
-        callbacks=[RandomState(), *callbacks],
-        devices=devices,
-        plugins=[WholeCheckpoints()],
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    )
-    trainer.fit(module, rows, DataLoader(rows["outer"].dataset, 12), **options)
+    defaults = {"max_epochs": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    options_of_the_trainer = defaults | (trainer or {})
+    plugins = [WholeCheckpoints(), *options_of_the_trainer.pop("plugins", [])]
+    quiet = quiet_trainer(**options_of_the_trainer, callbacks=[RandomState(), *callbacks], plugins=plugins)
+    quiet.fit(module, rows, DataLoader(rows["outer"].dataset, 12), **options)
     return module
+
+
+def assert_same(found: Any, expected: Any, where: Any) -> None:
+    """Check that plain data and tensors are equal, and say which are not."""
+    (values, structure), (wanted, structure_wanted) = (tree_flatten_with_path(each) for each in (found, expected))
+    assert structure == structure_wanted, where
+    for (path, value), (_, other) in zip(values, wanted, strict=True):
+        equal = torch.equal(value, other) if isinstance(value, Tensor) else value == other
+        assert equal, (where, keystr(path), value, other)
 
 
 MODULES = {
@@ -114,6 +141,103 @@ def test_a_checkpoint_after_any_batch_holds_all_of_an_unfinished_round(name, tmp
         assert validated[number] == [batch for batch in validated[-1] if batch >= number]
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), (number, key)
+
+
+VALIDATIONS = {
+    "inside": {"val_check_interval": 2, "limit_train_batches": 5},
+    "inside_and_at_the_end": {"val_check_interval": 3},
+    "at_the_end": {"val_check_interval": 1.0},
+    "never": {"val_check_interval": 1.0, "limit_val_batches": 0},
+    "every_other_epoch": {"val_check_interval": 1.0, "check_val_every_n_epoch": 2},
+    "across_epochs": {"val_check_interval": 4, "check_val_every_n_epoch": None, "limit_train_batches": 5},
+    "steps": {"val_check_interval": 2, "limit_train_batches": 5, "max_steps": 18, "max_epochs": -1},
+}
+
+
+def state_of_a_run(path: Any) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    return {
+        part: content[part] for part in ("state_dict", "optimizer_states", "bilevel", "loops", "global_step", "epoch")
+    }
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize("places", ["some", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", VALIDATIONS)
+def test_all_that_a_resumed_run_saves_is_what_the_whole_run_saved(name, places, tmp_path):
+    """Weights and counters alike, so that what goes on from there goes on right: any number of interruptions."""
+
+    def run(folder: Any, **options: Any) -> None:
+        fit(MODULES["one_by_one"], UnfinishedValidation(), Everywhere(folder), trainer=VALIDATIONS[name], **options)
+
+    whole = tmp_path / "whole"
+    run(whole)
+    last = f"{VALIDATIONS[name].get('limit_train_batches', 6) - 1}"  # the last batch of the first epoch
+    for path in whole.glob(f"{last}*.ckpt" if places == "some" else "*.ckpt"):
+        run(tmp_path / path.name, ckpt_path=path, weights_only=True)
+        for found in (tmp_path / path.name).glob("*.ckpt"):
+            assert_same(state_of_a_run(found), state_of_a_run(whole / found.name), (path.name, found.name))
+        assert_same(*(state_of_a_run(max(at.glob("*-end.ckpt"))) for at in (tmp_path / path.name, whole)), path.name)
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+def test_a_round_that_was_dealt_to_other_processes_is_refused_and_what_works_is_said(tmp_path):
+    fit(MODULES["one_by_one"], EveryBatch(tmp_path), trainer={"max_epochs": 1})
+    for number in range(3, 6):  # of a round of three steps, whose last two pairs are used again
+        content = read_checkpoint(tmp_path / f"{number}.ckpt")
+        content["bilevel"]["round"] *= 2  # as of two processes
+        torch.save(content, tmp_path / f"{number}-of-two.ckpt")
+    for works in (3, 5):
+        fit(MODULES["one_by_one"], ckpt_path=tmp_path / f"{works}-of-two.ckpt", weights_only=True)
+    with pytest.raises(ConfigurationError, match="dealt to 2 process.*go on with 2, or .* is a multiple of 3, or 1 mo"):
+        fit(MODULES["one_by_one"], ckpt_path=tmp_path / "4-of-two.ckpt", weights_only=True)
+
+
+SLURM = {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "7", "NNODES": "1", "NTASKS_PER_NODE": "1"} | {
+    name: "0" for name in ("PROCID", "LOCALID", "NODEID")
+}
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize(
+    ("number", "asks_slurm"), [(number, False) for number in ENDING] + [(signal.SIGUSR1, True), (signal.SIGCONT, True)]
+)
+def test_whatever_signal_ends_a_run_ends_it_between_steps(number, asks_slurm, tmp_path, monkeypatch):
+    class Told(Everything):
+        outer_losses = 0
+
+        def outer_loss(self, batch: Any) -> Tensor:
+            self.outer_losses += 1
+            if self.outer_losses == 3:
+                signal.raise_signal(number)
+            return super().outer_loss(batch)
+
+    asked: list[Any] = []
+    where: dict[str, Any] = {"default_root_dir": tmp_path, "max_epochs": 2}
+    whole = fit(MODULES["one_by_one"], trainer=where)
+    if asks_slurm:
+        for name, value in SLURM.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setattr(signal_connector, "call", lambda command: asked.append(command) or 0)
+        environment = SLURMEnvironment(requeue_signal=number)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stopped:
+        fit(
+            lambda: Told(inner_steps=3, outer_accumulation=2),
+            UnfinishedValidation(),
+            Interruption(),
+            trainer=where | ({"plugins": [environment]} if asks_slurm else {}),
+        )
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert asked == ([["scontrol", "requeue", "7"]] if asks_slurm else [])
+    # SLURM starts the same command again, and Lightning finds the checkpoint.
+    resumed = fit(
+        MODULES["one_by_one"], trainer=where, **({} if asks_slurm else {"ckpt_path": path}), weights_only=True
+    )
+    assert resumed.inner_steps_taken == whole.inner_steps_taken
+    assert_same(resumed.state_dict(), whole.state_dict(), path)
 
 
 def test_a_learning_rate_that_is_changed_counts_and_is_said_once(tmp_path, capfd):

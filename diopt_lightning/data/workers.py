@@ -5,8 +5,16 @@ import signal
 import threading
 
 
+# Those that end a process unless it says otherwise, and that people, terminals and schedulers send for that.
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)  # some are not on Windows
+)
+
+
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Let a worker outlive Ctrl-C and SIGTERM, which reach it too where they are sent to all processes of a job.
+    """Let a worker outlive what ends a run, which reaches it too where it is sent to all processes of a job.
 
     Otherwise the main process would fail for want of its workers before it has written a checkpoint. It still ends them
     by SIGTERM itself.
@@ -14,7 +22,9 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     Args:
         worker: The worker's number, which PyTorch gives to such functions.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         # Threads that are started later inherit the mask, so that only the one that waits gets the signal.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

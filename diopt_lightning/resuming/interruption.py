@@ -9,13 +9,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 
+from diopt_lightning.data.workers import ENDING
 from diopt_lightning.resuming.messages import say
 from diopt_lightning.resuming.unfinished_validation import validation_is_due
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MANY = 2**24  # batches, where nobody knows how many
 
 
@@ -34,10 +36,13 @@ class Interrupted(SystemExit):
 
 
 class Interruption(Callback):
-    """Ends training with a checkpoint when the process gets SIGTERM, as of a preempted job, or Ctrl-C.
+    """Ends training with a checkpoint when the process gets SIGTERM, as of a preempted job, Ctrl-C, or the like.
 
-    The checkpoint is written after the present batch, on all processes together even if one of them alone got the
-    signal. A second Ctrl-C ends the process at once. Put it after callbacks that keep something in checkpoints.
+    The like are SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU, unless they are ignored or somebody else handles them, and the
+    signal at which Lightning asks SLURM to start the job again: that is done too, and the job goes on by itself. The
+    checkpoint is written after the present batch, never within a step, where Lightning's own handler writes it, on all
+    processes together even if one of them alone got the signal. A second Ctrl-C ends the process at once. Put it after
+    callbacks that keep something in checkpoints.
     """
 
     def __init__(self) -> None:
@@ -88,8 +93,8 @@ class Interruption(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening; a signal for which there was no batch any more does what it does elsewhere."""
         self._leave_alone()
-        if self._received:
-            received, self._received = self._received, 0
+        received, self._received = self._received, 0
+        if received and received != requeue_signal(trainer):  # a run that is done is not started again
             signal.raise_signal(received)
 
     def _listen(self, trainer: Trainer) -> None:
@@ -101,9 +106,11 @@ class Interruption(Callback):
         ):
             return
         self._received = 0
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        for number in {*ENDING, requeue_signal(trainer)} - {None}:
+            handler = signal.getsignal(number)
+            if number in (signal.SIGTERM, signal.SIGINT) or handler == signal.SIG_DFL or of_lightning(handler):
+                self._before[number] = handler
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
@@ -126,13 +133,35 @@ class Interruption(Callback):
         if not number:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        name = f"interrupted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        path = folder / "checkpoints" / name
-        trainer.save_checkpoint(path)
-        stopped = f"Stopped by {signal.Signals(number).name} at step {trainer.global_step}."
+        if number == requeue_signal(trainer):
+            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]
+            path = Path(str(trainer._checkpoint_connector._hpc_resume_path))
+        else:
+            name = f"interrupted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+            path = folder / "checkpoints" / name
+            trainer.save_checkpoint(path)
+        stopped = f"Stopped by {name_of(number)} at step {trainer.global_step}."
         say(f"{stopped} To go on: {command(folder, path)}", below_the_bar=True)
         self._received = 0
         raise Interrupted(number, main=trainer.is_global_zero)
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """The signal at which SLURM is asked to start a job again, if it is to be asked."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return (
+        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    )
+
+
+def of_lightning(handler: Any) -> bool:
+    """Whether Lightning handles a signal, which saves wherever the run is just then."""
+    return isinstance(handler, _HandlersCompose)
+
+
+def name_of(number: int) -> str:
+    """The name of a signal."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def command(folder: Path, path: Path) -> str:
