@@ -74,6 +74,7 @@ FORMS = {
     "embedder_ic_token_wise": Form(lambda: EmbedderIC(TokenWise(max_length=6))),
     "embedder_ic_relu": Form(lambda: EmbedderIC(TokenWise(max_length=16, relu=True))),
     "embedder_ic_transformer": Form(lambda: EmbedderIC(Linear(length=3, encoding=Transformer(heads=2)))),
+    "embedder_ic_encoder": Form(lambda: EmbedderIC(TokenWise(max_length=6, encoder=Transformer(heads=2)))),
     "straight_through": Form(lambda: ExtractorDP(2, 3, 32, POOL), smooth=False),
     "soft": Form(lambda: ExtractorDP(2, 3, 32, POOL, Soft())),
     "expected_loss": Form(lambda: ExtractorDP(1, 3, 32, POOL, ExpectedLoss())),

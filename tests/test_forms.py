@@ -220,6 +220,19 @@ def test_transformer_encoding_equals_the_obvious_loop(tokenizer, tasks, backbone
         assert torch.allclose(found.embeddings[row].flatten(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_conversion_of_what_an_encoder_makes_of_each_token_equals_the_obvious_loop(tokenizer, tasks, backbone):
+    embedder = built(EmbedderIC(TokenWise(8, encoder=Transformer(heads=2))), tasks, tokenizer, backbone)
+    batch, (layer,) = batch_of(tokenizer, INPUTS, [0, 1, 2]), embedder.conversion.encoder.encoder.layers
+    found = embedder(batch, backbone.embedding)
+    for row in range(3):
+        x = backbone.embedding.weight[tokens_of(tokenizer, batch, row)[:8]]
+        x = x + attended(layer, layer.norm1(x), heads=2)
+        x = x + layer.linear2(layer.linear1(layer.norm2(x)).clamp(min=0))
+        expected = torch.stack([embedder.conversion.map.weight @ rms(vector) for vector in x])
+        expected = expected + embedder.conversion.map.bias
+        assert torch.allclose(found.embeddings[row][found.mask[row]], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("encoding", [Pooled(hidden=4), Transformer(heads=2)], ids=["pooled", "transformer"])
 def test_padding_changes_no_encoding(tokenizer, tasks, backbone, encoding):
     embedder = built(EmbedderIC(Linear(length=2, encoding=encoding)), tasks, tokenizer, backbone)
@@ -236,8 +249,17 @@ def test_a_pretrained_encoder_converts_from_a_local_folder(tokenizer, tasks, bac
     T5EncoderModel(config).save_pretrained(tmp_path / "encoder")
     encoding = Transformer(pretrained=str(tmp_path / "encoder"))
     embedder = built(EmbedderIC(Linear(length=2, encoding=encoding)), tasks, tokenizer, backbone)
-    found = embedder(batch_of(tokenizer, INPUTS, [0, 1, 2]), backbone.embedding)
-    assert found.embeddings.shape == (3, 2, 16)
+    batch = batch_of(tokenizer, INPUTS, [0, 1, 2])
+    assert embedder(batch, backbone.embedding).embeddings.shape == (3, 2, 16)
+    encoder = Transformer(pretrained=str(tmp_path / "encoder"))
+    embedder = built(EmbedderIC(TokenWise(64, encoder=encoder)), tasks, tokenizer, backbone)
+    found, map = embedder(batch, backbone.embedding), embedder.conversion.map
+    for row in range(3):  # one after the other, without padding
+        states = encoder.encoder(input_ids=torch.tensor([tokens_of(tokenizer, batch, row)])).last_hidden_state[0]
+        expected = states @ map.weight.T + map.bias
+        assert torch.allclose(found.embeddings[row][found.mask[row]], expected, atol=1e-5, rtol=1e-5)
+    found.embeddings.sum().backward()
+    assert all(parameter.grad.norm() > 0 for parameter in encoder.parameters())
     with pytest.raises(ConfigurationError, match="must share a tokenizer"):
         Transformer(pretrained=str(tmp_path / "encoder")).build(nn.Embedding(7, 16))
     with pytest.raises(ConfigurationError, match="Cannot load `no/such` as an encoder"):

@@ -115,13 +115,14 @@ class Pooled(Encoding):
 
 
 class Transformer(Encoding):
-    """The mean of a transformer encoder's outputs.
+    """The mean of a transformer encoder's outputs; with :class:`TokenWise`, each of them.
 
     Args:
         layers: Layers of a new encoder of the backbone's width.
         heads: Attention heads of each; they must divide the width.
-        pretrained: Name on the hub, or folder, of a pretrained model whose encoder is taken instead. It is given the
-            backbone's tokens, so it must share the backbone's tokenizer.
+        pretrained: Name on the hub, or folder, of a pretrained model whose encoder is taken instead, as a copy that is
+            learned; the backbone's own name gives a copy of its encoder. It is given the backbone's tokens, so it must
+            share the backbone's tokenizer.
 
     Raises:
         ConfigurationError: If a number is below 1, or the heads do not divide the width.
@@ -171,13 +172,15 @@ class Transformer(Encoding):
         self.width = model.config.hidden_size
         return cast(nn.Module, encoder).to(embedding.weight.device, outer_dtype(embedding))
 
+    def outputs(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
+        """The encoder's output for each token of texts ``(batch, length)``: ``(batch, length, width)``."""
+        if self.pretrained is not None:
+            return cast(Tensor, self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
+        return cast(Tensor, self.encoder(embed(ids), src_key_padding_mask=~mask))
+
     def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
         """Encode texts; see :class:`Encoding`."""
-        if self.pretrained is not None:
-            outputs = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        else:
-            outputs = self.encoder(embed(ids), src_key_padding_mask=~mask)
-        return pooled(outputs, mask)
+        return pooled(self.outputs(ids, mask, embed), mask)
 
 
 class Conversion(nn.Module, ABC):
@@ -200,8 +203,9 @@ class Conversion(nn.Module, ABC):
 class Linear(Conversion):
     r"""A linear map of the instance's encoding :math:`e(x, y)` to :math:`l` vectors.
 
-    With the default encoding this is the first conversion of the paper, mean-pooled embeddings -> linear -> l x d, and
-    with a :class:`Transformer` its third.
+    With the default encoding this is the first conversion of the paper, mean-pooled embeddings -> linear -> l x d. (The
+    third, an encoder's outputs -> linear, has a vector for each token: :class:`TokenWise` with an encoder. The mean of
+    these outputs, which a :class:`Transformer` makes here, is not in the paper.)
 
     Args:
         length: :math:`l`, the vectors of an instruction. Default: 64, as in the embedder with free parameters.
@@ -235,21 +239,26 @@ class Linear(Conversion):
 
 
 class TokenWise(Conversion):
-    """A linear map of each token of the instance to a vector: the second conversion of the paper.
+    """A linear map of each token of the instance to a vector: the second conversion of the paper, or the third.
+
+    The second maps the tokens' embeddings, the third what an encoder, which is learned too, makes of them:
+    ``linear(last_hidden_state)``.
 
     Args:
         max_length: Tokens of an instance that are converted; the rest is left out. Default: 128.
         relu: Whether a ReLU stands before the map. Default: no.
+        encoder: The encoder whose outputs are mapped. Default: none, the embeddings are.
 
     Raises:
         ConfigurationError: If the length is not positive.
     """
 
-    def __init__(self, max_length: int = 128, relu: bool = False) -> None:
+    def __init__(self, max_length: int = 128, relu: bool = False, encoder: Transformer | None = None) -> None:
         super().__init__()
         require_at_least(1, of="a token-wise conversion", max_length=max_length)
         self.max_length = max_length
         self.relu = relu
+        self.encoder = encoder
 
     @property
     def length(self) -> int:
@@ -257,15 +266,22 @@ class TokenWise(Conversion):
         return self.max_length
 
     def build(self, embedding: nn.Embedding) -> None:
-        """Make the map; see :class:`Conversion`."""
-        self.map = scaled_linear(embedding.embedding_dim, embedding.embedding_dim, embedding)
+        """Make the map and the encoder; see :class:`Conversion`."""
+        width = embedding.embedding_dim
+        if self.encoder is not None:
+            self.encoder.build(embedding)
+            width = self.encoder.width
+        self.map = scaled_linear(width, embedding.embedding_dim, embedding)
 
     def forward(self, ids: Tensor, mask: Tensor, embed: Embed) -> tuple[Tensor, Tensor]:
         """Convert instances; see :class:`Conversion`."""
         # What is used moves to the front, so that the limit counts tokens and not the padding before a target.
         order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.max_length]
-        mask = mask.gather(1, order)
-        vectors = unit_scale(embed(ids.gather(1, order)))
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        vectors = self.encoder.outputs(ids, mask, embed) if self.encoder is not None else embed(ids)
+        # A pretrained encoder's outputs have the scale that its last layer was trained to give them.
+        if self.encoder is None or self.encoder.pretrained is None:
+            vectors = unit_scale(vectors)
         return self.map(F.relu(vectors) if self.relu else vectors), mask
 
 
