@@ -32,6 +32,7 @@ from diopt_lightning.instructions import (
     Definition,
     Description,
     EmbedderDP,
+    EmbedderFromDefinition,
     EmbedderIC,
     ExpectedLoss,
     ExtractorDP,
@@ -75,6 +76,10 @@ FORMS = {
     "embedder_ic_relu": Form(lambda: EmbedderIC(TokenWise(max_length=16, relu=True))),
     "embedder_ic_transformer": Form(lambda: EmbedderIC(Linear(length=3, encoding=Transformer(heads=2)))),
     "embedder_ic_encoder": Form(lambda: EmbedderIC(TokenWise(max_length=6, encoder=Transformer(heads=2)))),
+    "embedder_from_definition": Form(lambda: EmbedderFromDefinition(Linear(length=3))),
+    "embedder_from_definition_encoder": Form(
+        lambda: EmbedderFromDefinition(TokenWise(9, encoder=Transformer(heads=2)))
+    ),
     "straight_through": Form(lambda: ExtractorDP(2, 3, 32, POOL), smooth=False),
     "soft": Form(lambda: ExtractorDP(2, 3, 32, POOL, Soft())),
     "expected_loss": Form(lambda: ExtractorDP(1, 3, 32, POOL, ExpectedLoss())),

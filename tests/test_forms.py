@@ -21,6 +21,7 @@ from diopt_lightning.instructions import (
     CandidatePool,
     Composition,
     EmbedderDP,
+    EmbedderFromDefinition,
     EmbedderIC,
     Exemplar,
     ExpectedLoss,
@@ -231,6 +232,21 @@ def test_conversion_of_what_an_encoder_makes_of_each_token_equals_the_obvious_lo
         expected = torch.stack([embedder.conversion.map.weight @ rms(vector) for vector in x])
         expected = expected + embedder.conversion.map.bias
         assert torch.allclose(found.embeddings[row][found.mask[row]], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_conversion_of_definitions_equals_the_obvious_loop_on_seen_and_unseen_tasks(tokenizer, tasks, backbone):
+    embedder = EmbedderFromDefinition(TokenWise(max_length=6))
+    embedder.build(tasks[:2], tokenizer, backbone.embedding, tasks[2:])
+    batch = batch_of(tokenizer, INPUTS, [2, 0, 2])
+    found, map = embedder(batch, backbone.embedding), embedder.conversion.map
+    for row, task in enumerate([2, 0, 2]):
+        tokens = tokenizer(f"Definition: {tasks[task].definitions[0]}.\n\n", add_special_tokens=False)["input_ids"][:6]
+        expected = torch.stack([map.weight @ rms(backbone.embedding.weight[token]) + map.bias for token in tokens])
+        assert torch.allclose(found.embeddings[row][found.mask[row]], expected, atol=1e-4, rtol=1e-4)
+    of_tasks = embedder.task_embeddings(backbone.embedding)
+    assert torch.allclose(of_tasks[0], found.embeddings[1][found.mask[1]], atol=1e-6)
+    assert len(of_tasks) == 2
+    assert embedder.works_on_unseen_tasks
 
 
 @pytest.mark.parametrize("encoding", [Pooled(hidden=4), Transformer(heads=2)], ids=["pooled", "transformer"])

@@ -24,7 +24,13 @@ pytestmark = [
 ]
 
 # They differ from others in what the demo's tasks show as well, on which every form is trained.
-VARIANTS = ("embedder_ic_hidden", "embedder_ic_relu", "drawn_choices", "extractor_ic_soft")
+VARIANTS = (
+    "embedder_from_definition_encoder",
+    "embedder_ic_hidden",
+    "embedder_ic_relu",
+    "drawn_choices",
+    "extractor_ic_soft",
+)
 
 
 @pytest.fixture(autouse=True)

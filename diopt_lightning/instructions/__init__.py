@@ -6,6 +6,7 @@ from diopt_lightning.instructions.composition import Composition
 from diopt_lightning.instructions.conversion import Conversion, Encoding, Linear, Pooled, TokenWise, Transformer
 from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.instructions.embedder import EmbedderDP
+from diopt_lightning.instructions.embedder_definition import EmbedderFromDefinition
 from diopt_lightning.instructions.embedder_ic import EmbedderIC
 from diopt_lightning.instructions.extractor import Extractor, RandomExemplar
 from diopt_lightning.instructions.extractor_dp import ExtractorDP
@@ -39,6 +40,7 @@ __all__ = [
     "Definition",
     "Description",
     "EmbedderDP",
+    "EmbedderFromDefinition",
     "EmbedderIC",
     "Encoding",
     "Exemplar",
