@@ -189,24 +189,27 @@ def test_two_processes_train_alike_and_gather_predictions_once(blank_exemplars, 
         torch.testing.assert_close(results[2][0][name], value, rtol=0, atol=1e-5)
 
 
-def test_two_processes_evaluate_an_odd_number_of_instances_once(blank_exemplars, tmp_path):
-    five_rows = dataclasses.replace(blank_exemplars, test_tasks=1, instances=5)
+@pytest.mark.parametrize("instances", [5, 1])
+def test_two_processes_evaluate_few_instances_once(instances, blank_exemplars, tmp_path):
+    few_rows = dataclasses.replace(blank_exemplars, dev_tasks=1, test_tasks=1, instances=instances)
     found = {}
     for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
         torch.manual_seed(0)
         root = tmp_path / str(devices)
         module = Echo(RandomSeq2Seq(dict(TINY_T5)), max_new_tokens=3)
         options = {"devices": devices, "strategy": strategy, "callbacks": [Results(table=False)]}
-        quiet_trainer(default_root_dir=root, **options).test(module, data(five_rows, root), verbose=False)
-        lines = (root / "predictions.jsonl").read_text().splitlines()
-        found[devices] = (
-            [json.loads(line)["id"] for line in lines],
-            json.loads((root / "metrics.json").read_text()),
-        )
-    assert len(set(found[1][0])) == 5
+        trainer = quiet_trainer(default_root_dir=root, **options)
+        (dev,) = trainer.validate(module, data(few_rows, root), verbose=False)
+        trainer.test(module, data(few_rows, root), verbose=False)
+        tested = (root / "predictions.jsonl").read_text()
+        trainer.predict(module, data(few_rows, root), return_predictions=False)
+        assert (root / "predictions.jsonl").read_text() == tested
+        lines = [json.loads(line)["id"] for line in tested.splitlines()]
+        found[devices] = lines, json.loads((root / "metrics.json").read_text()) | dev
+    assert len(set(found[1][0])) == instances
     assert found[1][0] == found[2][0]
     assert found[1][1] == pytest.approx(found[2][1], rel=1e-6)
-    assert found[1][1]["test/exact_match"] == 40.0
+    assert found[1][1]["test/exact_match"] == found[1][1]["dev/exact_match"] == {5: 40.0, 1: 100.0}[instances]
 
 
 def test_scores_of_a_run_in_half_precision_are_not_rounded(blank_exemplars, tmp_path):
@@ -223,7 +226,7 @@ class Echo(InstructionTuning):
     """Predicts the first two instances of a task as they should be, and the others wrongly."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
-        numbers = batch.instance.tolist()
+        numbers = batch.instance[batch.instance >= 0].tolist()
         return [
             row | {"prediction": row["references"][0] if number < 2 else "other"}
             for row, number in zip(super().predict_step(batch, batch_idx), numbers, strict=True)

@@ -17,7 +17,7 @@ class Batch(NamedTuple):
         attention_mask: 1 on source tokens and 0 on padding ``(batch, source_length)``.
         labels: Target tokens ``(batch, target_length)``, -100 on padding.
         task: Index of each instance's task in the data module's list of tasks ``(batch,)``.
-        instance: Position of each instance in its task's file ``(batch,)``.
+        instance: Position of each instance in its task's file ``(batch,)``; -1 for a row that counts nowhere.
     """
 
     input_ids: Tensor

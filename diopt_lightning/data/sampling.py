@@ -13,7 +13,10 @@ from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import require_at_least
 
 Draw = tuple[int, int]
-"""The index of a row, and a random number by which one of its references is chosen."""
+"""The index of a row, and a random number by which one of its references is chosen; or ``FILLING``."""
+
+# In the place of that number: the row is computed so that its process keeps step with others, and counts nowhere.
+FILLING = -1
 
 # Batches among which instances are sorted by length. Fewer leave more padding, more make batches less random.
 GROUPED_BATCHES = 50
@@ -100,8 +103,8 @@ class TrainSampler(DistributedSampler[list[Draw]]):
 class EvaluationSampler(DistributedSampler[list[Draw]]):
     """Every row once, longest first; rows are dealt to the processes in turn, without repeating any.
 
-    All processes have equally many batches where their rows suffice for that, because those that share a model run
-    together.
+    All processes have equally many batches, because they run together: one that has run out of rows, or has none, gets
+    batches of a row that does not count (an ``instance`` of -1).
 
     Args:
         lengths: Length of each row.
@@ -116,8 +119,8 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         mine = [(index, 0) for index in order[rank::num_replicas]]
         self.batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
-        if mine and len(self.batches) < -(-len(order[::num_replicas]) // batch_size):
-            self.batches[-1:] = [part for part in (self.batches[-1][:-1], self.batches[-1][-1:]) if part]
+        most = -(-len(order[::num_replicas]) // batch_size)
+        self.batches += [[(order[-1], FILLING)]] * (most - len(self.batches))
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return iter(self.batches)
@@ -146,7 +149,7 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
                 "input_ids": columns["input_ids"][i],
                 "labels": columns["targets"][i][number % len(columns["targets"][i])],
                 "task": columns["task"][i],
-                "instance": columns["instance"][i],
+                "instance": columns["instance"][i] if number != FILLING else -1,
             }
             for i, (_, number) in enumerate(draws)
         ]

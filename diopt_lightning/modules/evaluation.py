@@ -1,7 +1,7 @@
 """What training with and without learned instructions share: how a model is built and tested."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -203,28 +203,6 @@ class InstructionEvaluation(pl.LightningModule):
         with gathered(self.backbone):
             return self.instruction.describe(self.data.tokenizer, self.backbone.embedding)
 
-    def on_validation_start(self) -> None:
-        """Check that processes that share a model can run together.
-
-        Raises:
-            ConfigurationError: If they have unequal numbers of batches.
-        """
-        trainer = self.trainer
-        if sharding_mesh(trainer) is None:
-            return
-        evaluated = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        counts = trainer.num_predict_batches if trainer.predicting else evaluated
-        own = torch.tensor(sum(counts), device=self.device)
-        everywhere = sorted(cast(Tensor, self.all_gather(own)).tolist())
-        if everywhere[0] != everywhere[-1]:
-            # They would wait for each other's part of the model forever.
-            raise ConfigurationError(
-                f"Processes that share a model have {everywhere} batches to evaluate, and must have "
-                "equally many: set `data.evaluation_batch_size` to 2 or more, and use no more GPUs than instances."
-            )
-
-    on_test_start = on_predict_start = on_validation_start
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of dev tasks, which select checkpoints."""
         self._evaluate("dev", batch)
@@ -242,7 +220,8 @@ class InstructionEvaluation(pl.LightningModule):
     def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
         loss = self.backbone.loss(batch, self.instruct(batch))
-        size = batch.target_tokens
+        size = batch.target_tokens if bool((batch.instance >= 0).all()) else 0
+        loss = loss if size else torch.zeros_like(loss)  # which may be 0 / 0
         self.log(f"{stage}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
         predictions = self.predict_step(batch, 0)
         getattr(self, f"{stage}_metrics").update(predictions)

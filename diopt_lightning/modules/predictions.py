@@ -25,9 +25,11 @@ class Prediction(TypedDict):
 
 
 def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) -> list[Prediction]:
-    """The texts that were generated for the rows of a batch, with what they are about."""
+    """The texts that were generated for the rows of a batch, with what they are about; of rows that count alone."""
     predictions: list[Prediction] = []
     for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
+        if i < 0:
+            continue
         task, instance = tasks[t], tasks[t].instances[i]
         predictions.append(
             {
