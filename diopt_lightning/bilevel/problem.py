@@ -1,12 +1,14 @@
 """The bilevel problem: two losses, two groups of parameters."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diopt_lightning.bilevel.autocast import Autocast
 from diopt_lightning.bilevel.vectors import Average, identity
 from diopt_lightning.errors import ConfigurationError
 
@@ -66,6 +68,8 @@ class BilevelProblem:
         inner_optimizer: The optimizer of :math:`\theta`, for estimators that differentiate its steps.
         inner_gradient_clip: The largest norm of a gradient that this optimizer is given, for the same estimators.
             Default: no limit.
+        autocast: The autocast that losses are computed in, where that is not the present one: an estimator computes
+            with autocast off, and lets losses have what was on when it was called.
 
     Raises:
         ConfigurationError: If a group is empty, a parameter does not require a gradient, or one stands in both groups.
@@ -90,6 +94,7 @@ class BilevelProblem:
     average: Average = field(default=identity)
     inner_optimizer: Optimizer | None = None
     inner_gradient_clip: float | None = None
+    autocast: Autocast | None = None
 
     def __post_init__(self) -> None:
         for name in ("inner_parameters", "outer_parameters"):
@@ -115,26 +120,28 @@ class BilevelProblem:
 
     def inner_parts(self) -> list[tuple[Loss, float]]:
         """The parts of the inner loss and their weights, which sum to one; a single part where it is not split."""
-        return parts(self.inner_loss)
+        return parts(self.inner_loss, self.autocast)
 
     def outer_parts(self) -> list[tuple[Loss, float]]:
         """The parts of the outer loss and their weights, which sum to one; a single part where it is not split."""
-        return parts(self.outer_loss)
+        return parts(self.outer_loss, self.autocast)
 
 
-def parts(loss: Loss | MicroBatches) -> list[tuple[Loss, float]]:
+def parts(loss: Loss | MicroBatches, autocast: Autocast | None) -> list[tuple[Loss, float]]:
     """Return the parts of a loss, each of which leaves the random state as it was, and their weights."""
     split = loss.parts() if isinstance(loss, MicroBatches) else [(loss, 1.0)]
-    return [(replayed(part), weight) for part, weight in split]
+    return [(replayed(part, autocast), weight) for part, weight in split]
 
 
-def replayed(loss: Loss) -> Loss:
+def replayed(loss: Loss, autocast: Autocast | None) -> Loss:
     """Make a loss start from the same random state in every call and consume none of it."""
 
     def evaluate() -> Tensor:
         # This process's own GPU, if it has one: asking the others for their state would open a context on each.
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if used else []), torch.enable_grad():
+        devices = [torch.cuda.current_device()] if used else []
+        casting = nullcontext() if autocast is None else autocast.again()
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), casting:
             return loss()
 
     return evaluate

@@ -5,22 +5,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from diopt_lightning.bilevel import Chebyshev, HypergradientEstimator, ProcessAverage, mean_hypergradient
 from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import constants, gradient_norm
-from diopt_lightning.modules.levels import Level, TwoLevels
+from diopt_lightning.modules.levels import Level
+from diopt_lightning.modules.one_run import OneRun
 from diopt_lightning.modules.parameter_groups import ParameterGroup
 from diopt_lightning.modules.parameters import once
-from diopt_lightning.modules.skipping import OuterNorms, SkippedSteps
-from diopt_lightning.modules.unfinished_round import UnfinishedRound
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
 
 
-class BilevelModule(TwoLevels):
+class BilevelModule(OneRun):
     r"""Bilevel optimization of any Lightning module: override the two losses and say which parameters are outer.
 
     Each training step is given ``{"inner": batch, "outer": batch}`` and takes an inner step,
@@ -33,7 +31,8 @@ class BilevelModule(TwoLevels):
 
     computed from the same inner batch and its outer batch. (The reference implementation uses the batch of the *next*
     inner step; one that has just been used keeps the alternation in one place.) Outer batches of other steps are not
-    used; shuffle the outer loader, so that they differ from round to round.
+    used; shuffle the outer loader, so that they differ from round to round. A ``fast_dev_run`` ends with an outer step,
+    whatever ``inner_steps`` is.
 
     Lightning counts every optimizer step in ``trainer.global_step``. Here the inner ones alone count, so that
     ``max_steps``, ``every_n_train_steps`` and schedules mean inner steps. Checkpoints hold the counters below and the
@@ -135,29 +134,6 @@ class BilevelModule(TwoLevels):
         self._average = ProcessAverage()
         self._begin_run()
 
-    def _begin_run(self) -> None:
-        """Forget the run before: what is counted, kept and estimated is of one run. Parameters stay as they are."""
-        self.inner_batches_seen = 0
-        self.inner_steps_taken = 0
-        self.outer_steps_taken = 0
-        inner, outer = self.inner_level.accumulation, self.outer_level.accumulation
-        self._round = UnfinishedRound(self.inner_steps, inner, outer, self.hypergradient.recorded_steps)
-        self._skipped = SkippedSteps(self.skip_limit)
-        self._outer_norms = OuterNorms()
-        self.hypergradient.reset()
-        self.zero_grad()
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Begin a run, unless a checkpoint has, and make both optimizers; see :class:`TwoLevels`."""
-        trainer = self._trainer
-        if trainer is not None and (trainer.strategy.restore_checkpoint_after_setup or not trainer.ckpt_path):
-            goes_on = 0 < self.inner_steps_taken == trainer.global_step
-            outer_steps = self.outer_steps_taken if goes_on else 0
-            self._begin_run()
-            # Not zero where the same trainer is told to fit again, which goes on with its own run.
-            self.inner_steps_taken, self.outer_steps_taken = trainer.global_step, outer_steps
-        return super().configure_optimizers()
-
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Take an inner step, and an outer step where a round of ``inner_steps`` is complete.
 
@@ -170,7 +146,7 @@ class BilevelModule(TwoLevels):
             self._return_to_the_round(recorded, outer_batch)
         inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
         losses = {"inner_loss": inner_loss}
-        if stepped and self.inner_steps_taken % self.inner_steps == 0:
+        if stepped and (self.inner_steps_taken % self.inner_steps == 0 or self._trial_ends):
             outer_loss = self._outer_step()
             if outer_loss is not None:
                 losses["outer_loss"] = outer_loss
@@ -185,6 +161,7 @@ class BilevelModule(TwoLevels):
         """Accumulate a gradient, and move the inner parameters along it if it is complete; return loss and whether."""
         self.inner_batches_seen += 1
         complete = self._round.add_batches(batch, outer_batch, self.inner_batches_seen, self.device)
+        complete = complete or self._trial_ends
         loss = self._accumulate(batch, complete)
         self.log("inner_loss", loss, prog_bar=True)
         if not complete:
@@ -199,6 +176,7 @@ class BilevelModule(TwoLevels):
         batches = list(self._round.inner_batches)
         self._round.steps.append(batches)
         self.hypergradient.observe(self.problem(batches, outer_batch))
+        self._idle[0].see(self, parameters, optimizer)
         self.inner_level.step(optimizer, parameters, norm, self.trainer)
         self.inner_steps_taken += 1
         self._skipped.taken()
@@ -229,6 +207,7 @@ class BilevelModule(TwoLevels):
             self._skipped.skip("outer", f"the norm of the hypergradient is {norm.item()}.", self)
             return None
         self._outer_norms.see(norm.item())
+        self._idle[1].see(self, parameters, optimizer)
         self.outer_level.step(optimizer, parameters, norm, self.trainer)
         self.outer_steps_taken += 1
         self._skipped.taken()

@@ -170,6 +170,54 @@ def test_vectors_are_float32_where_parameters_are_bfloat16(make):
 
 
 @every_estimator
+def test_losses_are_computed_in_autocast_and_nothing_else(make):
+    def problem() -> tuple[BilevelProblem, list[bool]]:
+        a, b = (randn(4, seed=seed).float().requires_grad_() for seed in (0, 1))
+        phi, cast = randn(4, seed=2).float().requires_grad_(), []
+
+        def inner_loss() -> Tensor:  # autocast has nothing to cast in it
+            cast.append(torch.is_autocast_enabled("cpu"))
+            return (phi.exp() * (a**2 + 2 * b**2)).sum() + ((a - b).tanh() * phi).sum()
+
+        return BilevelProblem(
+            inner_loss, lambda: a.sum() + b.sum(), [a, b], [phi], inner_optimizer=torch.optim.Adam([a, b], lr=0.1)
+        ), cast
+
+    found = []
+    for enabled in (False, True):
+        each, cast = problem()
+        estimator = make()
+        observe_ones(estimator, each)
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            if enabled and estimator.supports_sharding:  # it takes differences of first derivatives
+                with pytest.raises(ConfigurationError, match=r"computes in torch\.bfloat16 is rounding error"):
+                    estimator(each)
+                return
+            found.append(estimator(each).gradient[0])
+        assert cast
+        assert set(cast) == {enabled}
+    assert torch.equal(*found)
+
+
+@every_estimator
+def test_casts_of_parameters_are_those_of_their_present_values(make):
+    found = []
+    for before in (False, True):
+        problem, network, _ = tied_network(torch.float32)
+        estimator = make()
+        if estimator.supports_sharding:
+            return
+        with torch.autocast("cpu", torch.bfloat16):
+            if before:
+                problem.inner_loss()  # which keeps casts of the weights until autocast ends
+            for parameter in network.parameters():
+                parameter.data += 0.5
+            observe_ones(estimator, problem)
+            found.append(estimator(problem).gradient[0])
+    assert torch.equal(*found)
+
+
+@every_estimator
 def test_micro_batches_give_what_the_whole_batch_gives(make):
     problem, _, _ = tied_network()
     halves = MicroBatches([problem.inner_loss, problem.inner_loss], [1, 3])

@@ -3,18 +3,22 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diopt_lightning.bilevel.autocast import Autocast
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
 from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
 from diopt_lightning.bilevel.warning import ConvergenceWarning
 from diopt_lightning.errors import ConfigurationError
+
+Estimate = Callable[["HypergradientEstimator", BilevelProblem], "Hypergradient"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class HypergradientEstimator(ABC):
     supports_sharding: bool = False
     recorded_steps: int = 0
     _warned = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every estimator compute without autocast, in which losses alone are computed."""
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = in_full_precision(cls.__call__)  # type: ignore[method-assign]
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -102,6 +112,18 @@ class HypergradientEstimator(ABC):
         if not self._warned:
             self._warned = True
             warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+def in_full_precision(estimate: Estimate) -> Estimate:
+    """Turn autocast off for an estimate, and on again where it evaluates a loss."""
+
+    @wraps(estimate)
+    def call(self: HypergradientEstimator, problem: BilevelProblem) -> Hypergradient:
+        autocast = Autocast([*problem.inner_parameters, *problem.outer_parameters])
+        with autocast.off():
+            return estimate(self, problem if problem.autocast is not None else replace(problem, autocast=autocast))
+
+    return call
 
 
 def mean_hypergradient(estimates: Sequence[Hypergradient]) -> Hypergradient:

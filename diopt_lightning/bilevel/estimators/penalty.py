@@ -151,7 +151,7 @@ class Penalty(HypergradientEstimator):
 
     def _multiplier(self, problem: BilevelProblem, v0: Vector, step_size: float) -> float:
         """The multiplier with which ``steps`` of the first step's length end at the distance of a difference."""
-        return max(self.steps * step_size * norm(v0).item() / distance(problem.inner_parameters, "forward"), 1e-30)
+        return max(self.steps * step_size * norm(v0).item() / distance(problem, "forward"), 1e-30)
 
     def _diverged(self, offset: Vector, change: Vector, statistics: dict[str, float]) -> None:
         self.spectrum.expire()

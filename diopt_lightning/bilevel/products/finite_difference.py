@@ -3,13 +3,12 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from diopt_lightning.bilevel.autocast import Autocast
 from diopt_lightning.bilevel.problem import BilevelProblem
 from diopt_lightning.bilevel.products.base import Linearization, Product, checkpointing_explained, differentiate, zeros
 from diopt_lightning.bilevel.products.double_backward import DoubleBackward, check_reached
@@ -143,24 +142,25 @@ class FiniteDifference(Product):
             )
 
 
-def distance(parameters: Sequence[Tensor], scheme: Literal["forward", "central"]) -> float:
+def distance(problem: BilevelProblem, scheme: Literal["forward", "central"]) -> float:
     r"""How far to move parameters for a difference, :math:`c \sqrt{1 + \|\theta\|}`; see :class:`FiniteDifference`.
 
     Raises:
         ConfigurationError: If parameters are of half precision, or autocast computes in it.
     """
+    parameters = problem.inner_parameters
     half = {parameter.dtype for parameter in parameters if torch.finfo(parameter.dtype).bits < 32}
     if half:
         raise ConfigurationError(
             f"A finite difference moves parameters by less than {half.pop()} can hold. Keep them in float32, or use "
             "`DoubleBackward` or `ReverseOverForward` as the `product`."
         )
-    device = parameters[0].device.type
-    if torch.is_autocast_enabled(device):
+    casts = (problem.autocast or Autocast(parameters)).dtype
+    if casts is not None:
         raise ConfigurationError(
-            f"A finite difference of gradients that autocast computes in {torch.get_autocast_dtype(device)} is "
-            "rounding error. Train with `trainer.precision: 32-true`, or use an estimator with `DoubleBackward` or "
-            "`ReverseOverForward` as its `product`."
+            f"A finite difference of gradients that autocast computes in {casts} is rounding error. Train with "
+            "`trainer.precision: 32-true`, or use an estimator with `DoubleBackward` or `ReverseOverForward` as its "
+            "`product`."
         )
     precision: float = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
     factor: float = precision ** (1 / 2) / 4 if scheme == "forward" else precision ** (1 / 3) / 16
@@ -171,7 +171,7 @@ class _Differences(Linearization):
     def __init__(self, problem: BilevelProblem, product: FiniteDifference) -> None:
         super().__init__(problem, product.fraction)
         self._product = product
-        self._distance = distance(problem.inner_parameters, product.scheme)
+        self._distance = distance(problem, product.scheme)
         self._base = self._gradient() if product.scheme == "forward" else None
 
     def hessian(self, v: Vector) -> Vector:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diopt_lightning.bilevel.autocast import Autocast
 from diopt_lightning.bilevel.products.double_backward import check_twice_differentiable, graph_of
 from diopt_lightning.bilevel.products.second_order import second_order
 from diopt_lightning.errors import ConfigurationError
@@ -116,16 +117,7 @@ class Surroundings:
         self._devices = sorted({x.device.index for x in tensors if x.is_cuda})
         self._states = [torch.cuda.get_rng_state(device) for device in self._devices]
         self._state = torch.get_rng_state()
-        kinds = sorted({"cpu", *(x.device.type for x in tensors)})
-        self._precision = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Cast as then, but keep no cast, which would bring the graph of one run into another."""
-        with ExitStack() as stack:
-            for kind, dtype, enabled in self._precision:
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-            yield
+        self.precision = Autocast(tensors)
 
     @contextmanager
     def randomness(self) -> Iterator[None]:
@@ -165,7 +157,7 @@ class Call:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(second_order())
-            stack.enter_context(self._surroundings.precision())
+            stack.enter_context(self._surroundings.precision.again())
             if not first:
                 stack.enter_context(self._surroundings.randomness())
             result = torch.func.functional_call(self._body, parameters, args, kwargs)
