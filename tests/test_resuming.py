@@ -18,8 +18,10 @@ from diopt_lightning import ConfigurationError
 from diopt_lightning.bilevel import Neumann, Unrolled
 from diopt_lightning.callbacks import Interruption, OptimizerOptions, RandomState, UnfinishedValidation
 from diopt_lightning.data.workers import ENDING
+from diopt_lightning.instructions import EmbedderDP
 from diopt_lightning.resuming import Interrupted, WholeCheckpoints, read_checkpoint
 from tests.helpers import quiet_trainer
+from tests.runs import data, optimization
 from tests.test_bilevel_module import HyperCleaning, loaders
 
 
@@ -189,13 +191,47 @@ def test_a_round_that_was_dealt_to_other_processes_is_refused_and_what_works_is_
         torch.save(content, tmp_path / f"{number}-of-two.ckpt")
     for works in (3, 5):
         fit(MODULES["one_by_one"], ckpt_path=tmp_path / f"{works}-of-two.ckpt", weights_only=True)
-    with pytest.raises(ConfigurationError, match="dealt to 2 process.*go on with 2, or .* is a multiple of 3, or 1 mo"):
+    with pytest.raises(ConfigurationError, match=r"dealt to 2 process.*go on with 2, or .* is a multiple of 3, or 1"):
         fit(MODULES["one_by_one"], ckpt_path=tmp_path / "4-of-two.ckpt", weights_only=True)
 
 
-SLURM = {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "7", "NNODES": "1", "NTASKS_PER_NODE": "1"} | {
-    name: "0" for name in ("PROCID", "LOCALID", "NODEID")
-}
+class Batches(pl.Callback):
+    """Notes the instances of every batch, by the number of the batch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[Any]] = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        at = trainer.fit_loop.total_batch_idx
+        self.seen[at] = [(each.task.tolist(), each.instance.tolist()) for each in batch.values()]
+
+
+def test_loaders_that_are_made_anew_go_on_and_those_of_another_run_begin(blank_exemplars, tmp_path):
+    def batches(every: int, rows: Any, **options: Any) -> dict[int, list[Any]]:
+        seen, saving = Batches(), [] if options or every else [EveryBatch(tmp_path)]
+        trainer = quiet_trainer(
+            max_epochs=3,
+            reload_dataloaders_every_n_epochs=every,
+            limit_val_batches=0,
+            callbacks=[seen, *saving, UnfinishedValidation()],
+        )
+        trainer.fit(optimization(EmbedderDP(length=2)), rows, **options)
+        return seen.seen
+
+    rows = data(blank_exemplars, tmp_path)
+    expected = batches(0, rows)
+    in_epoch = len(expected) // 3
+    assert len({str(batch) for batch in expected.values()}) == len(expected)
+    assert batches(1, rows) == expected
+    for number in (in_epoch - 1, in_epoch):
+        resumed = batches(1, data(blank_exemplars, tmp_path), ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
+        assert resumed == {at: batch for at, batch in expected.items() if at > number}
+
+
+SLURM = {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "7", "NNODES": "1", "NTASKS_PER_NODE": "1"}
+SLURM |= dict.fromkeys(("PROCID", "LOCALID", "NODEID"), "0")
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")

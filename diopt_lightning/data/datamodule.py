@@ -161,19 +161,25 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tasks and open the token cache."""
+        if self._fitting:
+            self._positions, self._train_loaders = {}, {}  # those of an earlier run
         needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
         for split in needed[stage]:
             if split not in self._rows and getattr(self.splits, split):
                 self._rows[split] = self._tokenize(split)
 
     def train_dataloader(self) -> dict[str, ResumableDataLoader]:
-        """Endless streams of both levels; an epoch is one pass over the instances of the train tasks."""
+        """Endless streams of both levels; an epoch is one pass over the instances of the train tasks.
+
+        Loaders that are made anew within a run, as by ``reload_dataloaders_every_n_epochs``, go on where the last are.
+        """
         inner = self._train_loader("train", self.batch_size, None)
         loaders = {"inner": inner}
         if self.splits.validation:
             loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner))
-        for level in self._positions.keys() & loaders.keys():
-            loaders[level].load_state_dict(self._positions[level])
+        positions = self._positions or (self.state_dict() if self._fitting else {})
+        for level in positions.keys() & loaders.keys():
+            loaders[level].load_state_dict(positions[level])
         self._positions, self._train_loaders = {}, loaders
         return loaders
 
@@ -187,8 +193,12 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep positions for the loaders of a resumed run."""
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             self._positions = state_dict
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The dev tasks, or nothing if there are none."""

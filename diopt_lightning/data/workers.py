@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 
-
 # Those that end a process unless it says otherwise, and that people, terminals and schedulers send for that.
 ENDING = tuple(
     getattr(signal, name)
