@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diopt_lightning.callbacks import standard_callbacks
 from diopt_lightning.data.files import printable
-from diopt_lightning.errors import ConfigurationError, TrainingError
-from diopt_lightning.rebuilding import OPTIONS
+from diopt_lightning.errors import TrainingError, one_line
+from diopt_lightning.rebuilding import OPTIONS, CheckedCLI, OptionParser, complaint, configuration_error
 from diopt_lightning.resuming import Interrupted, KeptConfig, WholeCheckpoints, find_checkpoint, read_checkpoint
 from diopt_lightning.resuming.messages import say
 
@@ -27,8 +29,14 @@ COMMANDS = {
     "instructions": ("diopt_lightning.inspection.command", "instructions"),
 }
 
+# Modules that hand on what they are given, to libraries, and what those raise for what is wrong with it.
+HANDING_ON = (__name__, "diopt_lightning.rebuilding")
+LIBRARIES = {"lightning", "lightning_utilities", "torch", "torchmetrics", "transformers", "datasets", "fsspec"}
+LIBRARIES |= sys.stdlib_module_names
+COMPLAINTS = (MisconfigurationException, ValueError, RuntimeError, OSError, ImportError, ZeroDivisionError)
 
-class DioptCLI(LightningCLI):
+
+class DioptCLI(CheckedCLI):
     """LightningCLI with a test run after fitting, where asked for, and runs that go on after an interruption."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -94,7 +102,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
     module, function = COMMANDS[name]
     called = getattr(import_module(module), function)
     # Not `auto_cli`, which keeps an argument named `config` to itself.
-    parser = ArgumentParser(prog=f"diopt {name}", description=called.__doc__.splitlines()[0])
+    parser = OptionParser(prog=f"diopt {name}", description=called.__doc__.splitlines()[0])
     parser.add_function_arguments(called, as_group=False, as_positional=True)
     called(**parser.parse_args(list(args)).as_dict())
 
@@ -125,11 +133,15 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print("diopt: Stopped before there was anything to save.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        advice = "lower `data.batch_size`, or raise `model.micro_batches`."
+        print(f"diopt: error: {one_line(error, 150)}: {advice}", file=sys.stderr)
+        return 1
     except TrainingError as error:
         print("diopt: error:", printable(str(error), keep="\n"), file=sys.stderr)
         return 1
-    except ValueError as error:
-        mistake = configuration_error(error)
+    except Exception as error:
+        mistake = configuration_error(error) or libraries_complaint(error)
         if mistake is None:
             raise
         print("diopt: error:", printable(str(mistake), keep="\n"), file=sys.stderr)
@@ -137,8 +149,21 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def configuration_error(error: BaseException | None) -> ConfigurationError | None:
-    """The user's mistake behind an error, which the parser wraps once for every class that it was making."""
-    while error is not None and not isinstance(error, ConfigurationError):
-        error = error.__cause__
-    return error
+def libraries_complaint(error: Exception) -> str | None:
+    """What Lightning or another library has against a configuration, in one line; ``None`` if it may be a bug.
+
+    The command line and the parser hand on what was given. If from there on libraries alone were at work when the
+    error was raised, and they raised it on purpose or it is of such a kind, then what they were given is at fault. If
+    code of this package or of the user's own was at work, its author needs the traceback. (Where this package calls
+    libraries with what users have given, it says itself what their errors mean.)
+    """
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [name.partition(".")[0] for name in names]
+    handed = max(i for i, name in enumerate(names) if name in HANDING_ON or rooms[i] == "jsonargparse")
+    after = rooms[handed + 1 :]
+    on_purpose = (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
+    if not (on_purpose or isinstance(error, COMPLAINTS)) or not LIBRARIES.issuperset(after):
+        return None
+    if rooms[-1] == "jsonargparse":
+        return complaint(str(error))
+    return f"{one_line(error, 500)} (says {after[-1]})" if after else None

@@ -1,5 +1,8 @@
 """Errors that a user can mend, and the commonest check."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ConfigurationError(ValueError):
     """An argument, a file or a combination of them cannot work.
@@ -13,6 +16,45 @@ class TrainingError(RuntimeError):
 
     The message says what happened and from where to go on. The command line prints it without a traceback.
     """
+
+
+def one_line(said: object, limit: int = 300) -> str:
+    r"""What a library says in many lines, in one that any terminal shows; of an error that says nothing, its name.
+
+    Example:
+        >>> one_line(ValueError("no\x1b[2J\n  such   file"))
+        'no\\x1b[2J such file'
+    """
+    text = " ".join(str(said).split()) or type(said).__name__
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
+    return f"{text[: limit - 3]}..." if len(text) > limit else text
+
+
+@contextmanager
+def users_mistake(*errors: type[Exception], what: str, then: str) -> Iterator[None]:
+    """Where a library is handed what a user has given: make one sentence of what it raises for it.
+
+    Args:
+        errors: What it raises for a mistake.
+        what: What was given, or cannot be done with it.
+        then: What to do.
+
+    Raises:
+        ConfigurationError: In place of those errors.
+
+    Example:
+        >>> with users_mistake(ValueError, what="`rank` is `a`", then="give a number."):
+        ...     int("a")
+        Traceback (most recent call last):
+        ...
+        diopt_lightning.errors.ConfigurationError: `rank` is `a` (invalid literal for int() with base 10: 'a'): give ...
+    """
+    try:
+        yield
+    except (ConfigurationError, TrainingError):
+        raise
+    except errors as error:
+        raise ConfigurationError(f"{what} ({one_line(error)}): {then}") from error
 
 
 def require_at_least(least: int, of: str = "", hint: str = "", **numbers: float | None) -> None:

@@ -1,12 +1,12 @@
 """Models of transformers with random weights."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diopt_lightning.backbones.transformer import TransformersBackbone
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, users_mistake
 
 
 class RandomWeights(TransformersBackbone):
@@ -45,9 +45,9 @@ class RandomWeights(TransformersBackbone):
             ),
             **self.options,
         }
-        try:
-            model: PreTrainedModel = self.auto_class.from_config(AutoConfig.for_model(**options), dtype=dtype)
-        except (ValueError, TypeError) as error:
-            family = self.family.partition(" ")[2]  # without its article
-            raise ConfigurationError(f"`config` {options!r} makes no {family}: {error}") from error
-        return model
+        family = self.family.partition(" ")[2]  # without its article
+        # Which errors transformers raises for nonsense depends on the model.
+        what = f"`config` {options!r} makes no {family}"
+        with users_mistake(Exception, what=what, then="give options that the model has."):
+            config = AutoConfig.for_model(**options)
+            return cast(PreTrainedModel, self.auto_class.from_config(config, dtype=dtype, trust_remote_code=False))

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from diopt_lightning.backbones.base import Backbone
 from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
 from diopt_lightning.bilevel import checkpoint_activations
+from diopt_lightning.data.files import load_pretrained
 from diopt_lightning.errors import ConfigurationError
 
 
@@ -68,14 +69,15 @@ class TransformersBackbone(Backbone):
             ConfigurationError: If that cannot be done.
         """
         # In float32 whatever the file holds: Lightning's precision decides what is computed in.
-        try:
-            model: PreTrainedModel = self.auto_class.from_pretrained(self.name, dtype=dtype or torch.float32)
-        except (OSError, ValueError) as error:
+        model, found = load_pretrained(
+            self.auto_class, self.name, self.family, dtype=dtype or torch.float32, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):
             raise ConfigurationError(
-                f"Cannot load `{self.name}` as {self.family}: it is neither a folder with one nor a name "
-                f"on the hub that can be reached ({str(error).strip().splitlines()[0]})."
-            ) from error
-        return model
+                f"`{self.name}` has no weights for {len(missing)} of the parameters of {self.family}, such as "
+                f"`{missing[0]}`, which would stay random: give a whole one, or one of the same kind."
+            )
+        return cast(PreTrainedModel, model)
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the model and check that it fits the tokenizer; see :class:`Backbone`."""

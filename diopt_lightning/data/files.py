@@ -8,6 +8,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from diopt_lightning.errors import ConfigurationError, one_line
+
 # Many times the largest official task. A file of holes takes no disk, and would be read into memory all the same.
 LARGEST_FILE = 2**30
 QUOTED = 80
@@ -53,6 +55,40 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text
     )
+
+
+def load_pretrained(auto_class: Any, name: str, what: str, **options: Any) -> Any:
+    """Load a model or a tokenizer of transformers, and run no code that comes with it.
+
+    Args:
+        auto_class: The class of transformers that loads it, e.g. ``AutoTokenizer``.
+        name: Its folder, or name on the hub.
+        what: What it should be, for messages.
+        options: Further ones of ``from_pretrained``.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # what files are broken in decides which kind it is
+        if "trust_remote_code" in str(error):
+            why = "it comes with code of its own, which is never run: give one whose code transformers has itself"
+        elif not os.path.isdir(name):
+            why = f"it is neither a folder with one nor a name on the hub that can be reached ({one_line(error, 200)})"
+        elif pointers := [path.name for path in Path(name).iterdir() if is_lfs_pointer(path)]:
+            why = f"its file {pointers[0]} is a Git LFS pointer: fetch the content with `git lfs pull`"
+        else:
+            why = f"its files are not whole, or of something else ({one_line(error, 200)}): copy or download it again"
+        raise ConfigurationError(f"Cannot load `{name}` as {what}: {why}.") from error
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file says where Git LFS has its content, which has not been fetched."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def quoted(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diopt_lightning.data.files import load_pretrained
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import TextFormat
@@ -46,13 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: If it cannot be loaded, or has no end token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"Cannot load the tokenizer `{name}`: it is neither a folder with a tokenizer nor a name on the hub that "
-            f"can be reached ({str(error).strip().splitlines()[0]})."
-        ) from error
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, "a tokenizer")
     if tokenizer.eos_token_id is None:
         raise ConfigurationError(
             f"The tokenizer `{name}` has no eos token: set one and save it again, e.g. "

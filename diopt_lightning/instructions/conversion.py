@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
+from diopt_lightning.data.files import load_pretrained
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import encode, special_tokens
@@ -154,13 +155,7 @@ class Transformer(Encoding):
         self.encoder = encoder.to(embedding.weight.device, outer_dtype(embedding))
 
     def _load(self, name: str, embedding: nn.Embedding) -> nn.Module:
-        try:
-            model = cast(PreTrainedModel, AutoModel.from_pretrained(name, dtype=torch.float32))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"Cannot load `{name}` as an encoder: it is neither a folder with a model nor a name on the hub that "
-                f"can be reached ({str(error).strip().splitlines()[0]})."
-            ) from error
+        model: PreTrainedModel = load_pretrained(AutoModel, name, "an encoder", dtype=torch.float32)
         # Of an encoder-decoder model the encoder alone (its configuration may be that of an encoder that was saved).
         encoder = model.get_encoder() if hasattr(model, "decoder") else model
         vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import check_parts, read_checkpoint, refuse_address
 from diopt_lightning.resuming.messages import say
 
 SHARDED = "meta.pt"
 
 
 def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str | None:
-    """The checkpoint to go on from, where ``last`` stands for the newest one below a folder.
+    """The checkpoint to go on from, where ``last`` stands for the newest one below a folder, and ``best`` for its best.
 
     Args:
         given: The value of ``ckpt_path``.
@@ -31,8 +31,11 @@ def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str
             raise ConfigurationError(f"There is no checkpoint in {root}: give one as `ckpt_path`.")
         say(f"Going on from {path}" if path else f"There is no checkpoint in {root} yet: the run begins.")
         return None if path is None else str(path)
-    if given is None or given in ("best", "hpc") or "://" in str(given) or str(given).startswith("registry"):
+    if given == "best":
+        return str(best_checkpoint(root, training))
+    if given is None or given == "hpc" or str(given).startswith("registry"):
         return None if given is None else str(given)  # Lightning's business
+    refuse_address(given)
     check(Path(given), training)
     return str(given)
 
@@ -60,6 +63,29 @@ def newest_checkpoint(root: Path, training: bool) -> Path | None:
     return None
 
 
+def best_checkpoint(root: Path, training: bool) -> Path:
+    """The best checkpoint of the run that has the newest one below a folder, by the metric that it was to follow.
+
+    Raises:
+        ConfigurationError: If there is none, or the run followed no metric.
+    """
+    newest = newest_checkpoint(root, training)
+    if newest is None:
+        raise ConfigurationError(f"There is no checkpoint in {root}: give one as `ckpt_path`.")
+    states = read_checkpoint(newest / SHARDED if newest.is_dir() else newest).get("callbacks")
+    for state in states.values() if isinstance(states, dict) else ():
+        if isinstance(state, dict) and state.get("monitor") is not None and state.get("best_model_path"):
+            path = Path(str(state["best_model_path"]))
+            path = path if path.exists() else newest.with_name(path.name)  # where the folder has moved
+            check(path, training)
+            say(f"The best by {state['monitor']} is {path}")
+            return path
+    raise ConfigurationError(
+        f"The run of {newest} followed no metric to choose its best checkpoint by: give one as `ckpt_path`, or train "
+        "with a ModelCheckpoint that has a `monitor`."
+    )
+
+
 def check(path: Path, training: bool) -> None:
     """Check that a run can go on from a checkpoint, which is a folder where the model is sharded.
 
@@ -69,6 +95,8 @@ def check(path: Path, training: bool) -> None:
     sharded = path.is_dir()
     # Of a folder, the file that Lightning writes last; tensors are in the others.
     content = read_checkpoint(path / SHARDED if sharded else path)
+    if sharded:
+        check_parts(path)
     if not {"pytorch-lightning_version", "loops", *(() if sharded else ("state_dict",))} <= content.keys():
         raise ConfigurationError(f"{path} is not a checkpoint of a run: give a `.ckpt` file that a run has saved.")
     if training and not sharded and "optimizer_states" not in content:

@@ -1,5 +1,6 @@
 """How a checkpoint is checked and read, with a trainer and without one."""
 
+import io
 import pickle
 import struct
 import zipfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, one_line
 
 # What damaged files make of readers that expect sound ones. (NotImplementedError is a RuntimeError.)
 DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, MemoryError)
@@ -60,3 +61,61 @@ def check_sums(path: Path, size: int, modified: int) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"it is damaged: the checksum of its part {damaged} is another")
+
+
+def remote(path: str | Path) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def refuse_address(path: str | Path) -> None:
+    """Refuse to read a checkpoint from elsewhere.
+
+    Raises:
+        ConfigurationError: If the path is a URL.
+    """
+    if remote(path):
+        raise ConfigurationError(f"{path} is an address, and checkpoints are read from files: download it first.")
+
+
+class PlainDescription(pickle.Unpickler):
+    """Reads which parts a sharded checkpoint has, and makes nothing but descriptions of tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find what a description is made of."""
+        if (module, name) in PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it has {module}.{name}, and may run code")
+
+
+DESCRIPTIONS = "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+DESCRIPTIONS += "TensorProperties _MEM_FORMAT_ENCODING"
+PLAIN = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in DESCRIPTIONS.split()),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+def check_parts(folder: Path) -> None:
+    """Check that a sharded checkpoint has tensors and plain data alone: PyTorch's own reader runs what code is in it.
+
+    Raises:
+        ConfigurationError: If it has more, or is damaged.
+    """
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            content = PlainDescription(file).load()
+        for index, place in content.storage_data.items():
+            if type(content.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
+                with (folder / place.relative_path).open("rb") as file:
+                    file.seek(place.offset)
+                    torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+    except UNREADABLE as error:
+        raise ConfigurationError(
+            f"Cannot read {folder} as a sharded checkpoint ({one_line(error)}): give one that a run has saved."
+        ) from error

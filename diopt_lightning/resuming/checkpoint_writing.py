@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, refuse_address, remote
 
 Place = str | Path
 
@@ -21,8 +21,8 @@ class WholeCheckpoints(TorchCheckpointIO):
     copy over the file of that name, which can be cut short; and nothing is flushed, so that after a loss of power there
     may be a name without its content. It also holds a second copy of everything in memory meanwhile.) What is loaded is
     compared with the checksums in it. The command line uses this by itself; in Python, pass
-    ``Trainer(plugins=[WholeCheckpoints()])``. Places that are not in a file system, such as ``s3://``, are Lightning's
-    business.
+    ``Trainer(plugins=[WholeCheckpoints()])``. To places that are not in a file system, such as ``s3://``, Lightning
+    writes, and from there nothing is read: of an address Lightning runs what code is in it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Place, storage_options: Any = None) -> None:
@@ -51,18 +51,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Read a checkpoint, with nothing but tensors and plain data in it unless asked for otherwise.
 
         Raises:
-            ConfigurationError: If there is none, or it is damaged.
+            ConfigurationError: If there is none, or it is damaged, or it is an address.
         """
-        if remote(path):
-            return super().load_checkpoint(path, map_location or "cpu", weights_only)  # type: ignore[arg-type]
+        refuse_address(path)
         # Not mapped: the file may be replaced while its tensors are in use.
         options = {"map_location": map_location or "cpu", "mmap": False}
         return read_checkpoint(Path(path), weights_only=weights_only is not False, **options)
-
-
-def remote(path: Place) -> bool:
-    """Whether a path is a URL."""
-    return "://" in str(path)
 
 
 def flush_names(folder: Path) -> None:

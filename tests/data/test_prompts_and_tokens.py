@@ -267,5 +267,5 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(layout):
 
 def test_an_unknown_tokenizer_is_named(layout):
     root = layout()
-    with pytest.raises(ConfigurationError, match="Cannot load the tokenizer `no/tokenizer/here`"):
+    with pytest.raises(ConfigurationError, match="Cannot load `no/tokenizer/here` as a tokenizer"):
         NaturalInstructionsDataModule(str(root), "no/tokenizer/here").prepare_data()
