@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
-from diopt_lightning.bilevel import Chebyshev
+from diopt_lightning.bilevel import Chebyshev, Neumann
 from diopt_lightning.callbacks import Results
 from diopt_lightning.data import BlankExemplarsDataModule, PromptFormat
 from diopt_lightning.data.collate import Batch
@@ -117,6 +118,26 @@ def test_a_checkpoint_of_other_tasks_or_of_another_estimator_is_refused_by_name(
         quiet_trainer(max_steps=4).fit(
             optimization(EmbedderDP(length=3)), data(blank_exemplars, tmp_path), ckpt_path=tmp_path / "changed.ckpt"
         )
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_module_is_loaded_from_its_checkpoint_before_there_is_data(learned, blank_exemplars, tmp_path):
+    def made(length: int = 3) -> dict[str, Any]:
+        given = {"backbone": RandomSeq2Seq(dict(TINY_T5)), "instruction": EmbedderDP(length), "max_new_tokens": 3}
+        return given | ({"hypergradient": Neumann(terms=1, step_size=1e-3)} if learned else {})
+
+    kind = InstructionOptimization if learned else InstructionTuning
+    module, trainer = kind(**made()), quiet_trainer(max_steps=3, limit_val_batches=0)
+    trainer.fit(module, data(blank_exemplars, tmp_path))
+    trainer.save_checkpoint("run.ckpt")
+    loaded = kind.load_from_checkpoint("run.ckpt", **made())
+    (scores,) = quiet_trainer().test(loaded, data(blank_exemplars, tmp_path), verbose=False)
+    assert scores == quiet_trainer().test(module, data(blank_exemplars, tmp_path), verbose=False)[0]
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
+    other = kind.load_from_checkpoint("run.ckpt", **made(length=4))
+    with pytest.raises(ConfigurationError, match="has the shape"):
+        quiet_trainer().test(other, data(blank_exemplars, tmp_path), verbose=False)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])

@@ -262,6 +262,9 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def _train_loader(self, split: str, batch_size: int, num_batches: int | None) -> ResumableDataLoader:
         rows, (replicas, rank) = self._rows[split], self._processes()
         sampler = TrainSampler(rows["length"][:], batch_size, self.seed, num_batches, replicas, rank)
+        wanted = getattr(self.trainer, "overfit_batches", 0)
+        if wanted:
+            sampler.repeated = wanted if isinstance(wanted, int) else int(wanted * len(sampler))
         return ResumableDataLoader(
             TokenRows(rows), sampler, Collator(self.tokenizer.pad_token_id), self.num_workers, self.pin_memory
         )

@@ -6,7 +6,7 @@ from itertools import count
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
@@ -22,13 +22,14 @@ FILLING = -1
 GROUPED_BATCHES = 50
 
 
-class TrainSampler(DistributedSampler[list[Draw]]):
+class TrainSampler(DistributedSampler[list[Draw]], SequentialSampler):
     """An endless stream of length-grouped batches, shuffled anew in every pass over the rows.
 
     The batch at a step depends on the seed and the step alone: neither on when the stream was started, nor on workers
     or what was drawn before. The last batch of a pass is filled up from its beginning, so that no row is left out.
 
-    It is a :class:`~torch.utils.data.DistributedSampler`, so that Lightning does not put another one around it.
+    It is a :class:`~torch.utils.data.DistributedSampler`, so that Lightning does not put another one around it, and a
+    :class:`~torch.utils.data.SequentialSampler`, so that ``overfit_batches`` does not put one in its place.
 
     Args:
         lengths: Length of each row.
@@ -40,6 +41,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
 
     Attributes:
         start: The step at which the next iterator begins.
+        repeated: How many of the first batches to repeat forever; 0 for all batches of every pass.
 
     Example:
         >>> sampler = TrainSampler(lengths=[3, 1, 2, 4], batch_size=2, seed=0)
@@ -62,11 +64,12 @@ class TrainSampler(DistributedSampler[list[Draw]]):
         self.lengths = lengths
         self.batch_size = batch_size
         self.start = 0
+        self.repeated = 0
         self.pass_length = -(-len(lengths) // (batch_size * num_replicas))
         self.num_batches = num_batches if num_batches is not None else self.pass_length
         self._order: tuple[int, list[list[int]]] | None = None
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         for step in count(self.start):
             yield self.batch(step)
 
@@ -75,6 +78,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
 
     def batch(self, step: int) -> list[Draw]:
         """The batch of this process at a step."""
+        step = step % self.repeated if self.repeated else step
         epoch, position = divmod(step, self.pass_length)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._shuffle(epoch))
@@ -100,7 +104,7 @@ class TrainSampler(DistributedSampler[list[Draw]]):
         return batches
 
 
-class EvaluationSampler(DistributedSampler[list[Draw]]):
+class EvaluationSampler(DistributedSampler[list[Draw]], SequentialSampler):
     """Every row once, longest first; rows are dealt to the processes in turn, without repeating any.
 
     All processes have equally many batches, because they run together: one that has run out of rows, or has none, gets
@@ -122,7 +126,7 @@ class EvaluationSampler(DistributedSampler[list[Draw]]):
         most = -(-len(order[::num_replicas]) // batch_size)
         self.batches += [[(order[-1], FILLING)]] * (most - len(self.batches))
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         return iter(self.batches)
 
     def __len__(self) -> int:

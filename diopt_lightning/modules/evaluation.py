@@ -66,6 +66,7 @@ class InstructionEvaluation(pl.LightningModule):
         self.is_built = False
         self.scores: dict[str, dict[str, float]] = {}
         self._returned: Mapping[str, Any] | None = None
+        self._unchecked: dict[str, Any] | None = None
 
     def reading(self, tokenizer: PreTrainedTokenizerBase) -> Reading:
         """How texts are read; see :class:`~diopt_lightning.data.reading.ReadsTexts`."""
@@ -95,7 +96,7 @@ class InstructionEvaluation(pl.LightningModule):
         Raises:
             ConfigurationError: If the instruction or the trainer's strategy does not fit.
         """
-        if self.is_built:
+        if self.is_built or self._trainer is None:  # `load_from_checkpoint` asks too, and has no data
             return
         mesh = sharding_mesh(self.trainer)
         self.backbone.build(self.data.tokenizer)
@@ -112,6 +113,9 @@ class InstructionEvaluation(pl.LightningModule):
             if tasks:
                 setattr(self, f"{stage}_metrics", Metrics(self.metric_classes, tasks))
         self.is_built = True
+        if self._unchecked is not None:
+            self._accept(self._unchecked)
+            self._returned, self._unchecked = self._unchecked["state_dict"], None
         if self._returned is not None:
             self.load_state_dict(self._returned)
             self._returned = None
@@ -119,7 +123,8 @@ class InstructionEvaluation(pl.LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; where there is no model yet, keep them for when it is made.
 
-        ``ddp_spawn`` and ``ddp_fork`` make and train it in other processes, and return its weights to this one.
+        ``ddp_spawn`` and ``ddp_fork`` make and train it in other processes, and return its weights to this one; for
+        ``load_from_checkpoint`` it is made when a trainer brings the data.
         """
         if self.is_built:
             return super().load_state_dict(state_dict, strict, assign)
@@ -167,6 +172,12 @@ class InstructionEvaluation(pl.LightningModule):
                 size.
         """
         super().on_load_checkpoint(checkpoint)
+        if self.is_built:
+            self._accept(checkpoint)
+        else:  # by `load_from_checkpoint`, to be built when there is a trainer with the data
+            self._unchecked = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
+
+    def _accept(self, checkpoint: dict[str, Any]) -> None:
         self._check_instruction(checkpoint.get("instruction", {}))
         check_shapes(self.state_dict(), checkpoint)
         add_frozen(self.backbone, checkpoint)

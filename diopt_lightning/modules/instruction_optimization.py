@@ -88,7 +88,7 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         names = {parameter: name for name, parameter in self.named_parameters()}
         self.inner_level.freeze(self.inner_parameters(), names)
         self.outer_level.freeze(self.outer_parameters(), names)
-        if not self.outer_parameters():
+        if self.is_built and not self.outer_parameters():
             raise ConfigurationError(
                 f"{type(self.instruction).__name__} has nothing to learn: choose another `instruction`, or train with "
                 "`InstructionTuning`."

@@ -33,10 +33,11 @@ class InstructionTuning(InstructionEvaluation):
     structure (any learnable instruction). Validation tasks are left out, as in the bilevel run that it is compared
     with; to train on them too, set ``data.validation_tasks`` to 0.
 
-    Optimization is Lightning's automatic one; clip and accumulate with ``trainer.gradient_clip_val`` (the paper: 1.0)
-    and ``trainer.accumulate_grad_batches``. As in the bilevel run, several processes take the step of their global
-    batch, whose loss is the mean over all its target tokens, and a step along a gradient that is not finite is skipped
-    and counted. (Lightning counts it in ``trainer.global_step`` all the same.)
+    Optimization is Lightning's automatic one; clip (the paper: at 1.0) and accumulate by the options of a bilevel run,
+    or by ``trainer.gradient_clip_val`` and ``trainer.accumulate_grad_batches``, which a bilevel run refuses. As in the
+    bilevel run, several processes take the step of their global batch, whose loss is the mean over all its target
+    tokens, and a step along a gradient that is not finite is skipped and counted. (Lightning counts it in
+    ``trainer.global_step`` all the same.)
 
     Args:
         backbone: The language model theta.
@@ -48,6 +49,8 @@ class InstructionTuning(InstructionEvaluation):
         groups: Parameters to which the optimizer applies options of their own; see
             :class:`~diopt_lightning.modules.ParameterGroup`. Default: none.
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
+        inner_gradient_clip: Largest norm of the gradient. Default: what the trainer says.
+        inner_accumulation: Batches whose gradients are averaged into one step. Default: what the trainer says.
         options: ``max_new_tokens``, ``instructed_evaluation`` and ``label_smoothing``, as in
             :class:`~diopt_lightning.InstructionOptimization`.
 
@@ -68,20 +71,45 @@ class InstructionTuning(InstructionEvaluation):
         scheduler: LRSchedulerCallable | None = None,
         groups: list[ParameterGroup] | None = None,
         skip_limit: int = 10,
+        inner_gradient_clip: float | None = None,
+        inner_accumulation: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(backbone, instruction, **options)
         if not instruction_lr > 0:
             raise ConfigurationError(f"`instruction_lr` must be positive, got {instruction_lr}.")
-        require_at_least(1, skip_limit=skip_limit)
+        require_at_least(1, skip_limit=skip_limit, inner_accumulation=inner_accumulation)
+        if inner_gradient_clip is not None and not inner_gradient_clip > 0:
+            raise ConfigurationError(f"`inner_gradient_clip` must be positive or null, got {inner_gradient_clip}.")
         # Not a default in the signature, for the reason given in BilevelModule.
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)
         self.instruction_lr = instruction_lr
         self.scheduler = scheduler
         self.groups = groups or []
         self.skip_limit = skip_limit
+        self.inner_gradient_clip = inner_gradient_clip
+        self.inner_accumulation = inner_accumulation
         self._average = ProcessAverage()
         self._skipped = SkippedSteps(skip_limit)
+
+    def setup(self, stage: str) -> None:
+        """Let the trainer clip and accumulate as the options say.
+
+        Raises:
+            ConfigurationError: If it has been told otherwise.
+        """
+        for option, own, left_out in (
+            ("gradient_clip_val", "gradient_clip", None),
+            ("accumulate_grad_batches", "accumulation", 1),
+        ):
+            wanted, given = getattr(self, f"inner_{own}"), getattr(self.trainer, option)
+            if stage != "fit" or wanted is None:
+                continue
+            if given not in (left_out, wanted):
+                raise ConfigurationError(
+                    f"`model.inner_{own}` is {wanted} and `trainer.{option}` {given}: leave the trainer's out."
+                )
+            setattr(self.trainer, option, wanted)
 
     def configure_model(self) -> None:
         """Make the model and the instruction's parameters, and take the gradient from what is not to be learned.
@@ -160,7 +188,7 @@ class InstructionTuning(InstructionEvaluation):
         super().on_load_checkpoint(checkpoint)
         if "skipped" in checkpoint:
             self._skipped.load_state_dict(checkpoint["skipped"])
-        elif self.trainer.state.fn == TrainerFn.FITTING:
+        elif self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             raise ConfigurationError(
                 f"The checkpoint is not of a run of {type(self).__name__}, which cannot go on from it: give one that "
                 "such a run has saved."

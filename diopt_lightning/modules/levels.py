@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,7 +21,7 @@ from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
 from diopt_lightning.modules.schedules import end_with_the_run, steps_of_a_run
-from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling
+from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling, refuse_trainers_own
 
 
 @dataclass
@@ -196,6 +196,15 @@ class TwoLevels(MicroBatched, ABC):
         """Let schedules end with the run."""
         inner = steps_of_a_run(self.trainer, self.inner_level.accumulation)
         end_with_the_run(self.trainer, {"lr-inner": inner, "lr-outer": inner / self.inner_steps})
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Refuse the trainer's clip and accumulation before Lightning does, which gives advice that does not fit.
+
+        Raises:
+            ConfigurationError: If the trainer has one.
+        """
+        refuse_trainers_own(self.trainer)
+        return super().configure_callbacks()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

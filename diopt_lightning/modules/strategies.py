@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diopt_lightning.bilevel import HypergradientEstimator, ImplicitEstimator, Unrolled
@@ -79,6 +80,24 @@ def refuse_loss_scaling(trainer: Trainer) -> None:
             f"`trainer.precision` is {trainer.precision}, whose loss scaling would divide the hypergradient "
             "by the scale: use `32-true` or `bf16-mixed`."
         )
+
+
+def refuse_trainers_own(trainer: Trainer) -> None:
+    """Refuse the trainer's clip and accumulation, which two levels have each for themselves, in place of Lightning.
+
+    Raises:
+        ConfigurationError: If the trainer has one.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    for option, given, own in (
+        ("gradient_clip_val", trainer.gradient_clip_val, "gradient_clip"),
+        ("accumulate_grad_batches", accumulated if accumulated != 1 else None, "accumulation"),
+    ):
+        if given is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigurationError(
+                f"`trainer.{option}` is {given}, and a bilevel run has two levels: set `model.inner_{own}` (which "
+                f"`InstructionTuning` has too) and `model.outer_{own}`, and leave the trainer's out."
+            )
 
 
 def named(estimator: HypergradientEstimator) -> str:
