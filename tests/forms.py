@@ -37,6 +37,7 @@ from diopt_lightning.instructions import (
     ExpectedLoss,
     ExtractorDP,
     ExtractorIC,
+    FixedExemplar,
     GumbelStraightThrough,
     Instruction,
     Linear,
@@ -97,6 +98,8 @@ FORMS = {
     "composition": Form(
         lambda: Composition([EmbedderDP(3), ExtractorDP(1, 3, 32, POOL, ExpectedLoss()), TaskWeights()])
     ),
+    "fixed_exemplar": Form(lambda: FixedExemplar(2, 3, 32, POOL), smooth=False, learns=False),
+    "exemplar_by_index": Form(lambda: FixedExemplar(1, 3, 32, POOL, index=2), smooth=False, learns=False),
     "random_exemplar": Form(lambda: RandomExemplar(1, 3, 32, POOL), smooth=False, learns=False),
 }
 LEARNABLE = {name: form.make for name, form in FORMS.items() if form.learns}

@@ -27,6 +27,7 @@ from diopt_lightning.instructions import (
     ExpectedLoss,
     ExtractorDP,
     ExtractorIC,
+    FixedExemplar,
     GumbelStraightThrough,
     Instruction,
     Linear,
@@ -354,6 +355,7 @@ def test_an_instance_is_never_its_own_exemplar(tokenizer, tasks, backbone):
         ExtractorDP(1, 4, 32, pool, Soft()),
         ExtractorIC(1, 4, 32, pool, Soft()),
         RandomExemplar(1, 4, 32, pool),
+        FixedExemplar(1, 4, 32, pool, index=2),
     ):
         instruction = built(form, tasks, tokenizer, backbone)
         position = instruction.candidate_rows[0][2].instance
@@ -390,6 +392,29 @@ def test_no_instance_may_choose_an_exemplar_with_its_input(inputs, annotated, un
         found = [c for c, may in zip(form.candidate_rows[0], allowed[row].tolist(), strict=False) if may]
         expected = [c for c in form.candidate_rows[0] if c.kind == "Negative" or FOLDED[c.example.input] != text]
         assert found == expected
+
+
+def test_a_fixed_exemplar_is_the_same_for_all_instances_of_a_task(tokenizer, tasks, backbone):
+    def chosen(instruction: FixedExemplar, order: list[int]) -> list[list[int]]:
+        """The candidates of the tasks, which are given in some order."""
+        instruction.build([tasks[i] for i in order], tokenizer, backbone.embedding)
+        described = instruction.describe(tokenizer, backbone.embedding)
+        batch = batch_of(tokenizer, ["wolf"] * 9, [0, 1, 2] * 3)
+        found = instruction(batch, backbone.embedding)
+        of_tasks = instruction.task_embeddings(backbone.embedding)
+        for row, task in enumerate(batch.task.tolist()):
+            assert torch.equal(found.embeddings[row][found.mask[row]], of_tasks[task])
+        return [[slot.candidate for slot in described[order.index(i)].slots] for i in range(3)]
+
+    for seed in range(3):
+        drawn = chosen(FixedExemplar(2, 6, 32, seed=seed), [0, 1, 2])
+        assert drawn == chosen(FixedExemplar(2, 6, 32, seed=seed), [2, 0, 1])
+        assert all(len(set(row)) == 2 for row in drawn)
+    assert len({str(chosen(FixedExemplar(1, 6, 32, seed=seed), [0, 1, 2])) for seed in range(9)}) > 3
+    assert chosen(FixedExemplar(1, 3, 32, ANNOTATED, index=1), [0, 1, 2]) == [[1]] * 3
+    assert chosen(FixedExemplar(2, 3, 32, ANNOTATED, index=2), [0, 1, 2]) == [[2, 0]] * 3
+    with pytest.raises(ConfigurationError, match=r"`index` .* is 3, and the task `task001` has 3 candidates"):
+        chosen(FixedExemplar(1, 9, 32, ANNOTATED, index=3), [0, 1, 2])
 
 
 def test_each_instance_may_choose_among_candidates_of_its_own(tokenizer, tasks, backbone):
@@ -524,6 +549,7 @@ def test_forms_by_conversion_work_on_unseen_tasks_without_their_answers(tokenize
         (lambda: Pooled(hidden=0), "`hidden` must be 1 or more"),
         (lambda: Transformer(layers=0), "`layers` and `heads` must be 1 or more, got 0 and 4"),
         (lambda: Transformer(heads=3).build(nn.Embedding(5, 16)), "`heads` is 3, which does not divide .* 16"),
+        (lambda: FixedExemplar(index=-1), "`index` of a fixed exemplar must be 0 or more, got -1"),
         (lambda: Linear(length=0), "`length` of a soft instruction must be 1 or more"),
         (lambda: TokenWise(max_length=0), "`max_length` of a token-wise conversion"),
         (lambda: ExtractorIC(slots=3, candidates=9, candidates_per_instance=2), r"chooses 3 exemplars .* among 2"),

@@ -11,6 +11,7 @@ from diopt_lightning.instructions.embedder_ic import EmbedderIC
 from diopt_lightning.instructions.extractor import Extractor, RandomExemplar
 from diopt_lightning.instructions.extractor_dp import ExtractorDP
 from diopt_lightning.instructions.extractor_ic import ExtractorIC
+from diopt_lightning.instructions.fixed_exemplar import FixedExemplar
 from diopt_lightning.instructions.initialization import (
     Definition,
     Exemplar,
@@ -48,6 +49,7 @@ __all__ = [
     "Extractor",
     "ExtractorDP",
     "ExtractorIC",
+    "FixedExemplar",
     "GumbelStraightThrough",
     "Initialization",
     "Instruction",

@@ -269,10 +269,13 @@ class RandomExemplar(Extractor):
         """Return the names of the tasks alone, as nothing is learned."""
         return [Description(name) for name in self.task_names]
 
+    def ranks(self, batch: Batch) -> Tensor:
+        """Numbers ``(batch, candidates)``, from 0 to 1, by which each instance takes the largest."""
+        # Drawn on the CPU: the same exemplars for a seed on every machine.
+        return torch.rand(len(batch.task), self.candidates).to(batch.task.device)
+
     def forward(self, batch: Batch, embed: Embed) -> InstructionEmbeddings:
         """Return random exemplars of each instance's task."""
-        allowed = self.allowed(batch)
-        # Drawn on the CPU: the same exemplars for a seed on every machine.
-        order = torch.rand(len(batch.task), self.candidates).to(batch.task.device)
-        drawn = (order if allowed is None else order.masked_fill(~allowed, -1.0)).topk(self.slots).indices
+        allowed, ranks = self.allowed(batch), self.ranks(batch)
+        drawn = (ranks if allowed is None else ranks.masked_fill(~allowed, -1.0)).topk(self.slots).indices
         return self.choose(batch.task, drawn, embed)
