@@ -511,6 +511,14 @@ def test_initial_values_of_every_kind(tokenizer, tasks, backbone):
     text = f" Positive Example 1 -\nInput: {WORDS[0]}.\n Output: {WORDS[0]}.\n\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert torch.equal(values[0, : len(ids)], backbone.embedding.weight[ids])
+    for number, there in ((2, 2), (9, 3)):  # the task has three
+        text = "".join(
+            f" Positive Example {n + 1} -\nInput: {' '.join(WORDS[: n + 1])}.\n Output: {WORDS[n]}.\n\n"
+            for n in range(there)
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        values = Exemplar(number)(tasks, len(ids) + 1, tokenizer, backbone.embedding)
+        assert torch.equal(values[0], backbone.embedding.weight[[*ids, ids[0]]])
     for init in (None, Vocabulary()):
         shared = SharedInCategory(init)(tasks, 4, tokenizer, backbone.embedding)
         assert torch.equal(shared[0], shared[2])  # both of category a
@@ -549,6 +557,7 @@ def test_forms_by_conversion_work_on_unseen_tasks_without_their_answers(tokenize
         (lambda: Pooled(hidden=0), "`hidden` must be 1 or more"),
         (lambda: Transformer(layers=0), "`layers` and `heads` must be 1 or more, got 0 and 4"),
         (lambda: Transformer(heads=3).build(nn.Embedding(5, 16)), "`heads` is 3, which does not divide .* 16"),
+        (lambda: Exemplar(0), "`number` of an initialization by exemplars must be 1 or more, got 0"),
         (lambda: FixedExemplar(index=-1), "`index` of a fixed exemplar must be 0 or more, got -1"),
         (lambda: Linear(length=0), "`length` of a soft instruction must be 1 or more"),
         (lambda: TokenWise(max_length=0), "`max_length` of a token-wise conversion"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import encode
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Tasks, Tokenizer, embedded, outer_dtype
 
 
@@ -86,13 +86,25 @@ class Definition(TextOfTask):
 
 
 class Exemplar(TextOfTask):
-    """The embedded first positive example of each task, cut to the length, or repeated where it is shorter."""
+    """The embedded first positive examples of each task, cut to the length, or repeated where they are shorter.
+
+    Args:
+        number: How many examples at most; a task may have fewer, and one at least. Default: 1.
+
+    Raises:
+        ConfigurationError: If the number is below 1; when it is used, if a task has no positive example.
+    """
+
+    def __init__(self, number: int = 1) -> None:
+        require_at_least(1, of="an initialization by exemplars", number=number)
+        self.number = number
 
     def text(self, task: Task) -> str:
-        """The first positive example, as a prompt shows it."""
+        """The first positive examples, as a prompt shows them."""
         if not task.positive_examples:
             raise ConfigurationError(f"The task `{task.name}` has no positive example: choose another init.")
-        return example_header("Positive", 1) + example_body(task.positive_examples[0])
+        examples = task.positive_examples[: self.number]
+        return "".join(example_header("Positive", n) + example_body(each) for n, each in enumerate(examples, 1))
 
 
 class SharedInCategory(Initialization):
