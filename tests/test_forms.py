@@ -519,6 +519,11 @@ def test_initial_values_of_every_kind(tokenizer, tasks, backbone):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         values = Exemplar(number)(tasks, len(ids) + 1, tokenizer, backbone.embedding)
         assert torch.equal(values[0], backbone.embedding.weight[[*ids, ids[0]]])
+    drawn = Vocabulary(first=7)(tasks, 300, tokenizer, backbone.embedding).flatten(0, 1)
+    among = [(drawn == row).all(dim=1).any().item() for row in backbone.embedding.weight]
+    assert among == [i < 7 and i not in tokenizer.all_special_ids for i in range(len(among))]
+    with pytest.raises(ConfigurationError, match=r"The first 1 tokens of the vocabulary \(`first`\) are special ones"):
+        Vocabulary(first=1)(tasks, 4, tokenizer, backbone.embedding)
     for init in (None, Vocabulary()):
         shared = SharedInCategory(init)(tasks, 4, tokenizer, backbone.embedding)
         assert torch.equal(shared[0], shared[2])  # both of category a
@@ -557,6 +562,7 @@ def test_forms_by_conversion_work_on_unseen_tasks_without_their_answers(tokenize
         (lambda: Pooled(hidden=0), "`hidden` must be 1 or more"),
         (lambda: Transformer(layers=0), "`layers` and `heads` must be 1 or more, got 0 and 4"),
         (lambda: Transformer(heads=3).build(nn.Embedding(5, 16)), "`heads` is 3, which does not divide .* 16"),
+        (lambda: Vocabulary(first=0), "`first` of an initialization from the vocabulary must be 1 or more, got 0"),
         (lambda: Exemplar(0), "`number` of an initialization by exemplars must be 1 or more, got 0"),
         (lambda: FixedExemplar(index=-1), "`index` of a fixed exemplar must be 0 or more, got -1"),
         (lambda: Linear(length=0), "`length` of a soft instruction must be 1 or more"),

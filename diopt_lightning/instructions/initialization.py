@@ -45,12 +45,28 @@ class Normal(Initialization):
 
 
 class Vocabulary(Initialization):
-    """The embeddings of tokens drawn from the vocabulary, without special tokens."""
+    """The embeddings of tokens drawn from the vocabulary, without special tokens.
+
+    Args:
+        first: Draw among so many tokens from the beginning of the vocabulary, where most tokenizers have the commonest.
+            Default: all; the reference implementation takes 5,000.
+
+    Raises:
+        ConfigurationError: If ``first`` is below 1; when it is used, if there are only special tokens among these.
+    """
+
+    def __init__(self, first: int | None = None) -> None:
+        require_at_least(1, of="an initialization from the vocabulary", first=first)
+        self.first = first
 
     def __call__(self, tasks: Tasks, length: int, tokenizer: Tokenizer, embedding: nn.Embedding) -> Tensor:
         """Draw tokens uniformly and embed them."""
         special = set(tokenizer.all_special_ids)
-        words = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+        words = torch.tensor([index for index in range(len(tokenizer))[: self.first] if index not in special])
+        if not len(words):
+            raise ConfigurationError(
+                f"The first {self.first} tokens of the vocabulary (`first`) are special ones: raise the number."
+            )
         drawn = words[torch.randint(len(words), (len(tasks), length))]
         return embedded(embedding, drawn.to(embedding.weight.device)).detach()
 
