@@ -1,5 +1,9 @@
 """Options of training and evaluation on texts: label smoothing, beams, several prompts in one test."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers.trainer_pt_utils import LabelSmoother
@@ -7,6 +11,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from diopt_lightning import ConfigurationError, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.backbones.rows import token_losses
+from diopt_lightning.callbacks import Results
+from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
+from diopt_lightning.data.prompts import prompts_of_evaluation
 from diopt_lightning.instructions import EmbedderDP
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
@@ -51,3 +58,48 @@ def test_a_baseline_is_smoothed_too(blank_exemplars, tmp_path):
     assert abs(found[0] - found[1]) > 0.01
     with pytest.raises(ConfigurationError, match="`label_smoothing` must be at least 0 and below 1, got 1"):
         InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), label_smoothing=1)
+
+
+PROMPTS = {
+    "none": PromptFormat(definition=False, positive_examples=0),
+    "one_example": PromptFormat(definition=False, positive_examples=1),
+}
+
+
+def test_several_prompts_of_one_test_are_scored_as_each_alone(blank_exemplars, tmp_path):
+    def tested(root: Path, prompt: Any) -> tuple[dict[str, float], dict[str, str], float]:
+        torch.manual_seed(0)
+        tasks = data(blank_exemplars, root)
+        tasks.prompts |= prompts_of_evaluation(prompt)
+        if isinstance(prompt, dict):
+            del tasks.prompts["test"]
+        module = optimization(EmbedderDP(length=2))
+        trainer = quiet_trainer(default_root_dir=root, callbacks=[Results(table=False)])
+        (dev,) = trainer.validate(module, tasks, verbose=False)
+        trainer.test(module, tasks, verbose=False)
+        names = [path.name for path in root.glob("predictions*.jsonl")]
+        written = {name: (root / name).read_text() for name in names}
+        for name in names:
+            (root / name).unlink()
+        trainer.predict(module, tasks)
+        assert {name: (root / name).read_text() for name in names} == written
+        return json.loads((root / "metrics.json").read_text()), written, dev["dev/loss"]
+
+    together, files, dev = tested(tmp_path / "together", PROMPTS)
+    assert sorted(files) == ["predictions_none.jsonl", "predictions_one_example.jsonl"]
+    for name, prompt in PROMPTS.items():
+        alone, file, dev_alone = tested(tmp_path / name, prompt)
+        scores = {key.replace(f"/{name}/", "/"): value for key, value in together.items() if f"/{name}/" in key}
+        assert scores == alone
+        lines = [json.loads(line) for line in files[f"predictions_{name}.jsonl"].splitlines()]
+        assert {line.pop("prompt") for line in lines} == {name}
+        assert lines == [json.loads(line) for line in file["predictions.jsonl"].splitlines()]
+        assert (dev == dev_alone) == (name == "none")  # dev tasks have the first prompt
+    assert together["test/none/loss"] != together["test/one_example/loss"]
+    assert len(together) == 2 * len(alone)
+
+
+@pytest.mark.parametrize(("prompts", "message"), [({}, "got none"), ({"a/b": PromptFormat()}, "got the name 'a/b'")])
+def test_prompts_without_names_for_files_are_refused(prompts, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"`data.test_prompt` is a prompt, or several by names .*{message}"):
+        NaturalInstructionsDataModule(str(tmp_path), "tokenizer", test_prompt=prompts)

@@ -22,8 +22,8 @@ class Results(Callback):
     """Writes a run's results to the folder of its logger, and ends with a short table.
 
     After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps. After testing: ``metrics.json``,
-    over all, per category and per task, and ``predictions.jsonl``, which the official evaluation reads; after
-    predicting, the latter.
+    over all, per category and per task, and ``predictions.jsonl``, which the official evaluation reads (of several test
+    prompts a ``predictions_NAME.jsonl`` for each); after predicting, the latter.
 
     Args:
         table: Whether to print the table.
@@ -95,9 +95,11 @@ class Results(Callback):
         """Write the predictions of all processes as JSON lines, and return how many there are."""
         predictions = [prediction for own in of_all_processes(self._predictions) for prediction in own]
         self._predictions = []
-        if trainer.is_global_zero and predictions:
-            with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-                for prediction in sorted(predictions, key=lambda prediction: (prediction["task"], prediction["id"])):
+        for prompt in {prediction.get("prompt") for prediction in predictions} if trainer.is_global_zero else ():
+            rows = [prediction for prediction in predictions if prediction.get("prompt") == prompt]
+            path = folder / (f"predictions_{prompt}.jsonl" if prompt else "predictions.jsonl")
+            with path.open("w", encoding="utf-8") as file:
+                for prediction in sorted(rows, key=lambda prediction: (prediction["task"], prediction["id"])):
                     file.write(as_json(prediction, indent=None))
         return len(predictions)
 

@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch, Collator
-from diopt_lightning.data.prompts import PromptFormat
-from diopt_lightning.data.reading import Reading, ReadsTexts
+from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
+from diopt_lightning.data.reading import reading_of
 from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler, longest_batch
 from diopt_lightning.data.splits import TaskSplits, drawn_splits, read_split_lists
 from diopt_lightning.data.tasks import Task, choose_instances, read_tasks
-from diopt_lightning.data.text_format import encoder_decoder_format
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, summary, tokenize
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError, require_at_least
@@ -47,7 +46,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             tasks.
         train_prompt: Human-written parts in the sources of train tasks, after the learned instruction. Default: none.
         validation_prompt: The same for validation tasks. Default: definition and two positive examples.
-        test_prompt: The same for dev and test tasks. Default: definition and two positive examples.
+        test_prompt: The same for dev and test tasks. Default: definition and two positive examples. Several by name,
+            ``{NAME: {definition: true, ...}, ...}``, are all tested (``test/NAME/rougeL``), and dev has the first.
         instances_per_task: Instances of each train and validation task, drawn at random where there are more.
         test_instances_per_task: Instances of each dev and test task, the first ones of the file: the first 100 of the
             official test tasks are balanced by label.
@@ -83,7 +83,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         split_seed: int = 0,
         train_prompt: PromptFormat = PromptFormat(definition=False, positive_examples=0),
         validation_prompt: PromptFormat = PromptFormat(),
-        test_prompt: PromptFormat = PromptFormat(),
+        test_prompt: PromptFormat | dict[str, PromptFormat] = PromptFormat(),
         instances_per_task: int = 100,
         test_instances_per_task: int = 100,
         max_source_length: int = 1024,
@@ -114,7 +114,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self.dev_tasks = dev_tasks
         self.whole_categories = whole_categories
         self.split_seed = split_seed
-        self.prompts = {"train": train_prompt, "validation": validation_prompt, "dev": test_prompt, "test": test_prompt}
+        self.prompts = {"train": train_prompt, "validation": validation_prompt, **prompts_of_evaluation(test_prompt)}
         self.instances_per_task = instances_per_task
         self.test_instances_per_task = test_instances_per_task
         self.max_source_length = max_source_length
@@ -149,14 +149,18 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return [task for split in SPLITS for task in self.split_tasks(split)]
 
     def split_tasks(self, split: str) -> list[Task]:
-        """The tasks of one set: ``train``, ``validation``, ``dev`` or ``test``."""
+        """The tasks of one set: ``train``, ``validation``, ``dev`` or ``test``, or ``test/NAME`` of a prompt."""
         tasks, splits = self._read
-        return [tasks[name] for name in getattr(splits, split)]
+        return [tasks[name] for name in getattr(splits, split.split("/")[0])]
+
+    def evaluations(self, stage: str) -> list[str]:
+        """What is evaluated in a stage, ``dev`` or ``test``: itself, or ``test/NAME`` for each of several prompts."""
+        return [split for split in self.prompts if split.split("/")[0] == stage]
 
     def prepare_data(self) -> None:
         """Check every file and fill the token cache, on one process only."""
-        for split in SPLITS:
-            if getattr(self.splits, split):
+        for split in self.prompts:
+            if self.split_tasks(split):
                 rank_zero_info(f"{split}: {summary(self._tokenize(split), self.tasks)}")
 
     def setup(self, stage: str | None = None) -> None:
@@ -164,8 +168,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         if self._fitting:
             self._positions, self._train_loaders = {}, {}  # those of an earlier run
         needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
-        for split in needed[stage]:
-            if split not in self._rows and getattr(self.splits, split):
+        for split in self.prompts:
+            if split.split("/")[0] in needed[stage] and split not in self._rows and self.split_tasks(split):
                 self._rows[split] = self._tokenize(split)
 
     def train_dataloader(self) -> dict[str, ResumableDataLoader]:
@@ -204,9 +208,10 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         """The dev tasks, or nothing if there are none."""
         return self._evaluation_loader("dev") if self.splits.dev else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test tasks, to test on or to predict."""
-        return self._evaluation_loader("test")
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The test tasks, to test on or to predict; once for each of several prompts."""
+        loaders = [self._evaluation_loader(name) for name in self.evaluations("test")]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     predict_dataloader = test_dataloader
 
@@ -235,8 +240,9 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return tasks, drawn_splits(lists, categories, wanted, self.split_seed, self.whole_categories)
 
     def _tokenize(self, split: str) -> "Dataset":
-        tasks, reading = self.tasks, self._reading()
-        reserved = reading.reserved_length(split)
+        tasks, module = self.tasks, self.trainer.lightning_module if self.trainer is not None else None
+        reading = reading_of(module, self.tokenizer)
+        reserved = reading.reserved_length(split.split("/")[0])
         if reserved >= self.max_source_length:
             raise ConfigurationError(
                 f"`data.max_source_length` is {self.max_source_length}, and the learned instruction alone takes "
@@ -246,18 +252,11 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         options = SourceTarget(
             self.prompts[split], reading.text_format, self.max_source_length - reserved, self.max_target_length
         )
-        names = set(getattr(self.splits, split))
-        evaluated = split in ("dev", "test")
+        names = {task.name for task in self.split_tasks(split)}
+        evaluated = split not in ("train", "validation")
         number, seed = (self.test_instances_per_task, None) if evaluated else (self.instances_per_task, self.seed)
         chosen = [(i, task, choose_instances(task, number, seed)) for i, task in enumerate(tasks) if task.name in names]
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
-
-    def _reading(self) -> Reading:
-        """How the attached module's model reads texts; as an encoder-decoder model does if it does not say."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if isinstance(module, ReadsTexts):
-            return module.reading(self.tokenizer)
-        return Reading(encoder_decoder_format(self.tokenizer))
 
     def _train_loader(self, split: str, batch_size: int, num_batches: int | None) -> ResumableDataLoader:
         rows, (replicas, rank) = self._rows[split], self._processes()

@@ -1,11 +1,12 @@
 """Prompts in exactly the format of Super-NaturalInstructions' own trainer (Wang et al. 2022), as text."""
 
+import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diopt_lightning.data.tasks import Example, Task
-from diopt_lightning.errors import require_at_least
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,27 @@ class PromptFormat:
     def __post_init__(self) -> None:
         positive, negative = self.positive_examples, self.negative_examples
         require_at_least(0, of="a prompt", positive_examples=positive, negative_examples=negative)
+
+
+def prompts_of_evaluation(given: PromptFormat | Mapping[str, PromptFormat]) -> dict[str, PromptFormat]:
+    """The prompts of dev and test tasks by what is evaluated: ``dev`` and ``test``, or ``test/NAME`` of several.
+
+    Raises:
+        ConfigurationError: If there is none, or a name cannot be one of a file.
+
+    Example:
+        >>> list(prompts_of_evaluation({"definition": PromptFormat(), "name": PromptFormat(task_name=True)}))
+        ['dev', 'test/definition', 'test/name']
+    """
+    if isinstance(given, PromptFormat):
+        return {"dev": given, "test": given}
+    wrong = [name for name in given if not re.fullmatch(r"[\w-]+", name)]
+    if wrong or not given:
+        raise ConfigurationError(
+            "`data.test_prompt` is a prompt, or several by names of letters, digits, `_` and `-`, got "
+            f"{f'the name {wrong[0]!r}' if wrong else 'none'}."
+        )
+    return {"dev": next(iter(given.values())), **{f"test/{name}": prompt for name, prompt in given.items()}}
 
 
 @dataclass(frozen=True)

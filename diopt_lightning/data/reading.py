@@ -1,11 +1,11 @@
 """How a model reads the data's texts: what a data module has to know of the module that it is trained with."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.data.text_format import TextFormat
+from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,10 @@ class ReadsTexts(Protocol):
 
     def reading(self, tokenizer: PreTrainedTokenizerBase) -> Reading:
         """Return how texts are read by the model, given its tokenizer."""
+
+
+def reading_of(module: Any, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """How a module's model reads texts; as an encoder-decoder model does if it does not say."""
+    if isinstance(module, ReadsTexts):
+        return module.reading(tokenizer)
+    return Reading(encoder_decoder_format(tokenizer))

@@ -19,7 +19,7 @@ from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Description, Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import METRICS, TaskMetric
-from diopt_lightning.modules.predictions import Metrics, Prediction, predictions_of
+from diopt_lightning.modules.predictions import Metrics, Prediction, of_prompt, predictions_of
 from diopt_lightning.modules.strategies import sharding_mesh
 
 
@@ -38,7 +38,8 @@ class InstructionEvaluation(pl.LightningModule):
     Attributes:
         metric_classes: The metrics of dev and test tasks by name; a subclass may have others.
         is_built: Whether model and instruction have been made.
-        scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task.
+        scores: By stage (``dev``, ``test``), the metrics of the last evaluation over all, per category and per task; of
+            several test prompts each behind its name.
 
     Raises:
         ConfigurationError: If an argument is out of range.
@@ -110,8 +111,8 @@ class InstructionEvaluation(pl.LightningModule):
             shard(self.backbone, mesh)
         for stage in ("dev", "test"):
             tasks = self.data.split_tasks(stage)
-            if tasks:
-                setattr(self, f"{stage}_metrics", Metrics(self.metric_classes, tasks))
+            for name in self.data.evaluations(stage) if tasks else ():
+                setattr(self, f"{name}_metrics", Metrics(self.metric_classes, tasks))
         self.is_built = True
         if self._unchecked is not None:
             self._accept(self._unchecked)
@@ -218,35 +219,40 @@ class InstructionEvaluation(pl.LightningModule):
         """Evaluate a batch of dev tasks, which select checkpoints."""
         self._evaluate("dev", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Prediction]]:
-        """Evaluate a batch of unseen test tasks."""
-        return {"predictions": self._evaluate("test", batch)}
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Prediction]]:
+        """Evaluate a batch of unseen test tasks, with one of the test prompts."""
+        return {"predictions": self._evaluate(self.data.evaluations("test")[dataloader_idx], batch)}
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
-        """Predict a batch of unseen test tasks."""
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
+        """Predict a batch of unseen test tasks, with one of the test prompts."""
         outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
         texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        return predictions_of(texts, batch, self.data.tasks)
+        return of_prompt(self.data.evaluations("test")[dataloader_idx], predictions_of(texts, batch, self.data.tasks))
 
-    def _evaluate(self, stage: str, batch: Batch) -> list[Prediction]:
+    def _evaluate(self, name: str, batch: Batch) -> list[Prediction]:
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
         loss = self.backbone.loss(batch, self.instruct(batch))
         size = batch.target_tokens if bool((batch.instance >= 0).all()) else 0
         loss = loss if size else torch.zeros_like(loss)  # which may be 0 / 0
-        self.log(f"{stage}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, prog_bar=stage == "dev")
-        predictions = self.predict_step(batch, 0)
-        getattr(self, f"{stage}_metrics").update(predictions)
+        shown: dict[str, Any] = {"prog_bar": name == "dev", "add_dataloader_idx": False}
+        self.log(f"{name}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, **shown)
+        predictions = of_prompt(name, self.predict_step(batch, 0))
+        getattr(self, f"{name}_metrics").update(predictions)
         return predictions
 
     def on_validation_epoch_end(self) -> None:
         """Show the means over all, and hand those per category and per task to the loggers only: they are many."""
         stage = "test" if self.trainer.testing else "dev"
-        metrics: Metrics = getattr(self, f"{stage}_metrics")
-        scores = metrics.compute()
-        metrics.reset()
-        self.scores[stage] = {name: float(value) for name, value in scores.items()}
-        for name in self.metric_classes:
-            self.log(f"{stage}/{name}", self.scores[stage][f"{name}/all"], prog_bar=stage == "dev")
+        self.scores[stage] = {}
+        for evaluation in self.data.evaluations(stage):
+            metrics: Metrics = getattr(self, f"{evaluation}_metrics")
+            of_a_prompt = evaluation.removeprefix(stage).lstrip("/") + "/"
+            scores = {f"{of_a_prompt}{name}".lstrip("/"): float(value) for name, value in metrics.compute().items()}
+            self.scores[stage] |= scores
+            metrics.reset()
+        for name, value in self.scores[stage].items():
+            if name.endswith("/all"):
+                self.log(f"{stage}/{name.removesuffix('/all')}", value, prog_bar=stage == "dev")
         details = {f"{stage}/{name}": value for name, value in self.scores[stage].items() if not name.endswith("/all")}
         for logger in self.loggers:
             logger.log_metrics(details, step=self.global_step)

@@ -1,7 +1,7 @@
 """What a model says about dev and test instances, and how good that is."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -14,7 +14,8 @@ from diopt_lightning.metrics import TaskMetric, in_other_languages
 class Prediction(TypedDict):
     """A line of the official predictions file, and what it is about.
 
-    The official evaluation reads ``id`` and ``prediction``.
+    The official evaluation reads ``id`` and ``prediction``. Where there are several test prompts, ``prompt`` is the
+    name of the one that was read.
     """
 
     id: str
@@ -22,6 +23,7 @@ class Prediction(TypedDict):
     references: list[str]
     task: str
     category: str
+    prompt: NotRequired[str]
 
 
 def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) -> list[Prediction]:
@@ -41,6 +43,12 @@ def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) ->
             }
         )
     return predictions
+
+
+def of_prompt(evaluation: str, predictions: list[Prediction]) -> list[Prediction]:
+    """Predictions with the name of their prompt, where ``test/NAME`` of several is evaluated."""
+    prompt = evaluation.partition("/")[2]
+    return [{**prediction, "prompt": prompt} for prediction in predictions] if prompt else predictions
 
 
 class Metrics(MetricCollection):
