@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_linear_schedule_with_warmup
 
-from diopt_lightning import ConfigurationError, InstructionTuning
+from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
+from diopt_lightning.callbacks import RandomState
 from diopt_lightning.instructions import CandidatePool, Composition, EmbedderDP, ExtractorIC
 from diopt_lightning.modules import LinearWithWarmup, ParameterGroup
 from tests.conftest import TINY_T5
@@ -172,3 +174,65 @@ def test_phi_is_learned_alone_by_a_baseline_and_keeps_its_learning_rate(blank_ex
 def test_groups_that_cannot_be_are_named(group, message):
     with pytest.raises(ConfigurationError, match=message):
         quiet_trainer(max_steps=1).fit(HyperCleaning(inner_groups=[group]), loaders())
+
+
+def other_loader() -> DataLoader:
+    """Other rows of the outer level."""
+    return DataLoader(TensorDataset(torch.randn(24, 4).double(), torch.randn(24, 1).double(), torch.arange(24)), 3)
+
+
+def still(**options: Any) -> HyperCleaning:
+    """A module whose inner parameters stay, and whose outer ones move by their hypergradient."""
+    return HyperCleaning(
+        inner_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        outer_optimizer=sgd,
+        outer_gradient_clip=None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_hypergradient_is_that_of_the_mean_loss_of_several_outer_batches(micro_batches):
+    levels = loaders()
+    outer = [levels["outer"], other_loader()]
+    module = still(outer_batches=2, micro_batches=micro_batches)
+    plain = still()
+    inner, *several = (next(iter(loader)) for loader in (levels["inner"], *outer))
+    expected = sum(plain.estimate_hypergradient(inner, batch).gradient[0] for batch in several) / 2
+    quiet_trainer(max_steps=1).fit(module, {"inner": levels["inner"], "outer": outer})
+    torch.testing.assert_close(plain.weights.detach() - module.weights.detach(), expected, rtol=1e-9, atol=0)
+    assert expected.norm() > 1e-4
+
+
+def test_a_run_with_several_outer_batches_goes_on_in_the_middle_of_a_round(tmp_path, blank_exemplars):
+    def fit(steps: int, **options: Any) -> InstructionOptimization:
+        module = optimization(EmbedderDP(length=2))
+        module.outer_batches = 3
+        torch.manual_seed(0)
+        trainer = quiet_trainer(max_steps=steps, limit_val_batches=0, callbacks=[RandomState()])
+        trainer.fit(module, data(blank_exemplars, tmp_path, outer_batch_size=2), **options)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    whole = fit(8)
+    fit(3)
+    resumed = fit(8, ckpt_path=tmp_path / "3.ckpt")
+    assert resumed.outer_steps_taken == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_data_module_gives_as_many_outer_batches_as_the_module_asks_for(blank_exemplars, tmp_path):
+    module = optimization(EmbedderDP(length=2))
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(module, data(blank_exemplars, tmp_path, outer_batch_size=2))
+    single = iter(trainer.datamodule.train_dataloader()["outer"])
+    module.outer_batches = 3
+    for _, batches in zip(range(4), trainer.datamodule.train_dataloader()["outer"], strict=False):
+        assert len(batches) == 3
+        for batch in batches:
+            assert all(torch.equal(a, b) for a, b in zip(batch, next(single), strict=True))
+
+
+def test_outer_batches_that_are_not_there_are_named():
+    with pytest.raises(ConfigurationError, match=r"`outer_batches` is 2, and a step is given 3 in a \w+: pass"):
+        quiet_trainer(max_steps=1).fit(HyperCleaning(outer_batches=2), loaders())

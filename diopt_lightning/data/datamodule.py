@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch, Collator
+from diopt_lightning.data.outer_batches import JoinedBatches, SplitCollator, outer_batches
 from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
 from diopt_lightning.data.reading import reading_of
 from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler, longest_batch
@@ -54,7 +55,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         max_source_length: Tokens of instruction and source together, those of a learned instruction included.
         max_target_length: Tokens of a target.
         batch_size: Instances in a training batch of the inner level, for each process.
-        outer_batch_size: The same for the outer level. Default: as ``batch_size``.
+        outer_batch_size: The same for the outer level. Default: as ``batch_size``. Of several outer batches at a step
+            (``model.outer_batches``) the size of each.
         evaluation_batch_size: Instances in a batch of dev, test and prediction. Default: as ``batch_size``.
         num_workers: Processes that load ahead, for each loader.
         pin_memory: Copy batches into pinned memory, which makes the way to a GPU faster.
@@ -180,7 +182,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         inner = self._train_loader("train", self.batch_size, None)
         loaders = {"inner": inner}
         if self.splits.validation:
-            loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner))
+            together = outer_batches(self.trainer.lightning_module if self.trainer is not None else None)
+            loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner), together)
         positions = self._positions or (self.state_dict() if self._fitting else {})
         for level in positions.keys() & loaders.keys():
             loaders[level].load_state_dict(positions[level])
@@ -258,15 +261,16 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         chosen = [(i, task, choose_instances(task, number, seed)) for i, task in enumerate(tasks) if task.name in names]
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
 
-    def _train_loader(self, split: str, batch_size: int, num_batches: int | None) -> ResumableDataLoader:
+    def _train_loader(self, split: str, size: int, num_batches: int | None, together: int = 1) -> ResumableDataLoader:
         rows, (replicas, rank) = self._rows[split], self._processes()
-        sampler = TrainSampler(rows["length"][:], batch_size, self.seed, num_batches, replicas, rank)
+        arguments = rows["length"][:], size, self.seed, num_batches, replicas, rank
+        sampler = JoinedBatches(together, *arguments) if together > 1 else TrainSampler(*arguments)
         wanted = getattr(self.trainer, "overfit_batches", 0)
         if wanted:
             sampler.repeated = wanted if isinstance(wanted, int) else int(wanted * len(sampler))
-        return ResumableDataLoader(
-            TokenRows(rows), sampler, Collator(self.tokenizer.pad_token_id), self.num_workers, self.pin_memory
-        )
+        pad = self.tokenizer.pad_token_id
+        collator = SplitCollator(together, pad) if together > 1 else Collator(pad)
+        return ResumableDataLoader(TokenRows(rows), sampler, collator, self.num_workers, self.pin_memory)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         rows, (replicas, rank) = self._rows[split], self._processes()

@@ -160,7 +160,8 @@ class Rehearsal:
         estimator = deepcopy(module.hypergradient, {id(module): module})
         parts = module.micro_batches
         inner, outer = (Batch(*(torch.cat([column] * parts) for column in batches[level])) for level in SPLITS)
-        problem = replace(module.problem([inner], outer), inner_optimizer=inner_optimizer)
+        outers = outer if module.outer_batches == 1 else [outer] * module.outer_batches
+        problem = replace(module.problem([inner], outers), inner_optimizer=inner_optimizer)
         self._inner_loss(batches["inner"]).backward()  # type: ignore[no-untyped-call]
         with self.trainer.precision_plugin.train_step_context(), live:
             # Some estimators look at gradients of inner steps; none learns more from further ones.

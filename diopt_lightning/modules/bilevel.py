@@ -45,25 +45,24 @@ class BilevelModule(OneRun):
             implementation.
         inner_optimizer: Makes the optimizer of theta. Default: AdamW with learning rate 1e-5.
         outer_optimizer: Makes the optimizer of phi. Default: Adam with learning rate 1e-2.
-        inner_scheduler: Makes a learning rate scheduler that advances after every inner optimizer step, e.g.
-            :class:`~diopt_lightning.modules.LinearWithWarmup`.
-        outer_scheduler: The same for every outer optimizer step.
-        inner_groups: Parameters of theta to which the optimizer applies options of their own; see
-            :class:`~diopt_lightning.modules.ParameterGroup`. Default: none.
+        inner_scheduler: Makes a learning rate scheduler that advances after every inner step, e.g. `LinearWithWarmup`.
+        outer_scheduler: The same for every outer step.
+        inner_groups: Parameters of theta with options of their own in the optimizer: `ParameterGroup`. Default: none.
         outer_groups: The same of phi.
         inner_gradient_clip: Largest norm of the inner gradient; ``null`` for no limit. Default: 1, as in the paper.
         outer_gradient_clip: Largest norm of the hypergradient; ``null`` for no limit. Default: 1, as in the paper.
         inner_accumulation: Batches whose gradients are averaged into one inner optimizer step.
         outer_accumulation: Pairs of batches whose hypergradients are averaged into one outer step: the last ones of the
             round, so at most ``inner_steps * inner_accumulation``.
+        outer_batches: Batches of the outer level at each step, over whose losses the outer loss is the mean. The data
+            module of this package gives as many; of other loaders, pass as many: ``{"outer": [loader] * 4, ...}``.
         micro_batches: Parts in which every batch of either level is computed, one at a time, to save memory; the values
             are those of whole batches. See :meth:`split_batch` and :meth:`batch_weight`. Default: 1.
         skip_limit: Steps in a row that are skipped because a loss or a gradient is not finite, at which the run ends.
         options: Those of further base classes.
 
     Attributes:
-        inner_level: Optimizer, schedule, clip and accumulation of theta.
-        outer_level: The same of phi.
+        inner_level, outer_level: Optimizer, schedule, clip and accumulation of theta and of phi.
         inner_batches_seen: Training batches so far.
         inner_steps_taken: Inner optimizer steps so far; equals ``trainer.global_step``.
         outer_steps_taken: Outer optimizer steps so far.
@@ -81,8 +80,7 @@ class BilevelModule(OneRun):
         ...         x, y, index = batch
         ...         return (self.weights[index].sigmoid() * (self.model(x) - y).square().squeeze(1)).mean()
         ...     def outer_loss(self, batch):
-        ...         x, y = batch
-        ...         return (self.model(x) - y).square().mean()
+        ...         return (self.model(batch[0]) - batch[1]).square().mean()
         ...     def outer_parameters(self):
         ...         return [self.weights]
         >>> len(HyperCleaning().inner_parameters())
@@ -103,32 +101,28 @@ class BilevelModule(OneRun):
         outer_gradient_clip: float | None = 1.0,
         inner_accumulation: int = 1,
         outer_accumulation: int = 1,
+        outer_batches: int = 1,
         micro_batches: int = 1,
         skip_limit: int = 10,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        require_at_least(1, inner_steps=inner_steps, micro_batches=micro_batches, skip_limit=skip_limit)
+        require_at_least(1, inner_steps=inner_steps, outer_batches=outer_batches)
+        require_at_least(1, micro_batches=micro_batches, skip_limit=skip_limit)
         # Not defaults in the signature: from there the parser would carry AdamW's weight decay over to an Adam that a
         # configuration names instead.
         inner_optimizer = inner_optimizer or partial(torch.optim.AdamW, lr=1e-5)
         outer_optimizer = outer_optimizer or partial(torch.optim.Adam, lr=1e-2)
-        self.inner_level = Level(
-            "inner", inner_optimizer, inner_scheduler, inner_gradient_clip, inner_accumulation, inner_groups or ()
-        )
-        self.outer_level = Level(
-            "outer", outer_optimizer, outer_scheduler, outer_gradient_clip, outer_accumulation, outer_groups or ()
-        )
-        if outer_accumulation > inner_steps * inner_accumulation:
-            raise ConfigurationError(
-                f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "
-                f"{inner_accumulation} batch(es) has only {inner_steps * inner_accumulation} pairs: lower it, or make "
-                "the outer loader's batches larger."
-            )
+        inner = inner_scheduler, inner_gradient_clip, inner_accumulation, inner_groups or ()
+        outer = outer_scheduler, outer_gradient_clip, outer_accumulation, outer_groups or ()
+        self.inner_level = Level("inner", inner_optimizer, *inner)
+        self.outer_level = Level("outer", outer_optimizer, *outer)
+        check_pairs(outer_accumulation, inner_steps, inner_accumulation)
         # Two optimizers with steps of their own: Lightning's automatic optimization has one.
         self.automatic_optimization = False
         self.hypergradient = hypergradient if hypergradient is not None else Chebyshev()
         self.inner_steps = inner_steps
+        self.outer_batches = outer_batches
         self.micro_batches = micro_batches
         self.skip_limit = skip_limit
         self._average = ProcessAverage()
@@ -140,7 +134,7 @@ class BilevelModule(OneRun):
         Returns:
             The ``inner_loss`` and, after an outer step, the ``outer_loss``, for callbacks.
         """
-        inner_batch, outer_batch = batch_of_each_level(batch)
+        inner_batch, outer_batch = batch_of_each_level(batch, self.outer_batches)
         recorded = self._round.restore(inner_batch, outer_batch, self.device)
         if recorded is not None:
             self._return_to_the_round(recorded, outer_batch)
@@ -217,8 +211,7 @@ class BilevelModule(OneRun):
         if self.trainer.world_size > 1:
             self.log("hypergradient/bytes", float(self._average.bytes - sent))
         self.log("hypergradient/norm", norm)
-        for name, value in estimate.statistics.items():
-            self.log(f"hypergradient/{name}", value)
+        self.log_dict({f"hypergradient/{name}": value for name, value in estimate.statistics.items()})
         return loss
 
     def on_outer_step_end(self) -> None:
@@ -276,8 +269,22 @@ class BilevelModule(OneRun):
         self._round.load_state_dict(state["round"], recorded or [])
 
 
-def batch_of_each_level(batch: Any) -> tuple[Any, Any]:
-    """The inner and the outer batch of a training step.
+def check_pairs(outer_accumulation: int, inner_steps: int, inner_accumulation: int) -> None:
+    """Refuse to average more hypergradients than a round has pairs of batches.
+
+    Raises:
+        ConfigurationError: If there are fewer.
+    """
+    if outer_accumulation > inner_steps * inner_accumulation:
+        raise ConfigurationError(
+            f"`outer_accumulation` is {outer_accumulation}, and a round of {inner_steps} inner step(s) of "
+            f"{inner_accumulation} batch(es) has only {inner_steps * inner_accumulation} pairs: lower it, or raise "
+            "`outer_batches`."
+        )
+
+
+def batch_of_each_level(batch: Any, outer_batches: int) -> tuple[Any, Any]:
+    """The inner and the outer batch of a training step; where there are several outer batches, the list of them.
 
     Raises:
         ConfigurationError: If it is given something else.
@@ -288,7 +295,14 @@ def batch_of_each_level(batch: Any) -> tuple[Any, Any]:
             f"A bilevel training step needs {{'inner': batch, 'outer': batch}}, got {found}: pass "
             "`{'inner': inner_loader, 'outer': outer_loader}` as the training data loaders."
         )
-    return batch["inner"], batch["outer"]
+    outer = batch["outer"]
+    if outer_batches > 1 and not (isinstance(outer, list | tuple) and len(outer) == outer_batches):
+        found = f"{len(outer)} in a {type(outer).__name__}" if isinstance(outer, list | tuple) else type(outer).__name__
+        raise ConfigurationError(
+            f"`outer_batches` is {outer_batches}, and a step is given {found}: pass `{{'inner': inner_loader, 'outer': "
+            f"[outer_loader] * {outer_batches}}}`, with loaders that shuffle, as the training data loaders."
+        )
+    return batch["inner"], outer
 
 
 def state_of_a_bilevel_run(checkpoint: dict[str, Any], module: str, estimator: str) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class TwoLevels(MicroBatched, ABC):
     inner_level: Level
     outer_level: Level
     inner_steps: int
+    outer_batches: int
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:
@@ -150,9 +151,10 @@ class TwoLevels(MicroBatched, ABC):
         loss if that is to be ``noticed``.
         """
         attached = self._trainer is not None or self._fabric is not None
+        outer_batches = [outer_batch] if self.outer_batches == 1 else list(outer_batch)
         return BilevelProblem(
             inner_loss=self.mean_loss(self.inner_loss, inner_batches),
-            outer_loss=self.mean_loss(self.outer_loss, [outer_batch], noticed),
+            outer_loss=self.mean_loss(self.outer_loss, outer_batches, noticed),
             inner_parameters=self.inner_parameters(),
             outer_parameters=self.outer_parameters(),
             average=self._average,
