@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
@@ -27,7 +28,7 @@ def greedy(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **so
     ((name, column),) = source.items()
     in_one_piece = not model.config.is_encoder_decoder
     lengths = mask.sum(dim=1)
-    groups = [lengths == length for length in lengths.unique()] if sees_padding(model) else [lengths >= 0]
+    groups = [lengths == length for length in torch.unique(lengths)] if sees_padding(model) else [lengths >= 0]
     found: dict[int, Tensor] = {}
     # `generate` takes from the model what its options leave open.
     shipped, model.generation_config = model.generation_config, options

@@ -28,7 +28,7 @@ def check_suitability(model: PreTrainedModel, name: str, logits: Logits, generat
         return
     training = model.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.eval()
+        model.train(False)
         try:
             by_ids, by_vectors, shorter = logits(False, 0), logits(True, 0), logits(True, 1)
             generate()

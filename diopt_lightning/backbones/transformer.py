@@ -108,7 +108,8 @@ class TransformersBackbone(Backbone):
     def generation_options(self, max_new_tokens: int, **options: int) -> GenerationConfig:
         """All that decides what is generated, beside the model."""
         ends, pad = self._ends, self._pad
-        return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **options)
+        given = {"eos_token_id": ends, "pad_token_id": pad, **options}
+        return GenerationConfig(max_new_tokens=max_new_tokens, **given)  # type: ignore[no-untyped-call]
 
     def frozen_names(self) -> list[str]:
         """Names of what was loaded and is not learned; see :class:`Backbone`."""

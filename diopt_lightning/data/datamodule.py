@@ -267,7 +267,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         sampler = JoinedBatches(together, *arguments) if together > 1 else TrainSampler(*arguments)
         wanted = getattr(self.trainer, "overfit_batches", 0)
         if wanted:
-            sampler.repeated = wanted if isinstance(wanted, int) else int(wanted * len(sampler))
+            sampler.repeated = together * (wanted if isinstance(wanted, int) else int(wanted * len(sampler)))
         pad = self.tokenizer.pad_token_id
         collator = SplitCollator(together, pad) if together > 1 else Collator(pad)
         return ResumableDataLoader(TokenRows(rows), sampler, collator, self.num_workers, self.pin_memory)

@@ -170,7 +170,7 @@ class BilevelModule(OneRun):
         batches = list(self._round.inner_batches)
         self._round.steps.append(batches)
         self.hypergradient.observe(self.problem(batches, outer_batch))
-        self._idle[0].see(self, parameters, optimizer)
+        self._idle[0].see(self, parameters, self.optimizers(use_pl_optimizer=False)[0])  # type: ignore[index]
         self.inner_level.step(optimizer, parameters, norm, self.trainer)
         self.inner_steps_taken += 1
         self._skipped.taken()

@@ -37,7 +37,7 @@ class Noticing(pl.LightningModule):
         return super().logger if self._noticed else DummyLogger()
 
     @property
-    def loggers(self) -> list[Logger]:  # type: ignore[override]
+    def loggers(self) -> list[Logger]:
         """All loggers; one that does nothing for an evaluation of a solver."""
         return super().loggers if self._noticed else [DummyLogger()]  # type: ignore[return-value]
 

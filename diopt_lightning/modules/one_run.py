@@ -48,7 +48,8 @@ class OneRun(TwoLevels):
         return super().configure_optimizers()
 
     def on_train_start(self) -> None:
-        """Warn of a run that is too short for an outer step."""
+        """Let schedules end with the run, and warn of one that is too short for an outer step."""
+        super().on_train_start()
         if not self.trainer.fast_dev_run and not self.outer_steps_taken:  # type: ignore[attr-defined]
             say_if_too_short(self.trainer, self.inner_steps, self.inner_level.accumulation)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
@@ -57,7 +57,9 @@ class Metrics(MetricCollection):
     def __init__(self, classes: Mapping[str, type[TaskMetric]], tasks: Sequence[Task]) -> None:
         categories = {task.name: task.category for task in tasks}
         languages = {task.name: in_other_languages(task) for task in tasks}
-        metrics = {name: metric(categories, languages) for name, metric in classes.items()}
+        metrics: dict[str, Metric | MetricCollection] = {
+            name: metric(categories, languages) for name, metric in classes.items()
+        }
         super().__init__(metrics, compute_groups=False)
 
     def update(self, predictions: Sequence[Prediction]) -> None:  # type: ignore[override]

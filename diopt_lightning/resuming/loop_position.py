@@ -20,14 +20,15 @@ def put_in_place(trainer: Trainer, saved: dict[str, Any]) -> None:
         trainer: A trainer whose fit loop is about to begin.
         saved: What its checkpoint has of the fit loop.
     """
-    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fit: Any = trainer.fit_loop
+    loop: Any = fit.epoch_loop
     epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
     begun, done = epochs["total"]["ready"], batches["current"]["processed"]
     if batches["current"]["ready"] != done or (begun > 0) != (done > 0):
         return  # in the middle of a step, or before the first: Lightning's business
     epoch_had_ended = epochs["total"]["processed"] == begun
     in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
-    validation = loop.val_loop.batch_progress.total
+    validation: Any = loop.val_loop.batch_progress.total
     validation.ready = validation.started = validation.completed  # the one batch more by which it is begun again
 
     count_epochs(trainer, epochs, ended=False)

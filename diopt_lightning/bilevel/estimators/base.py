@@ -62,7 +62,7 @@ class HypergradientEstimator(ABC):
         """Let every estimator compute without autocast, in which losses alone are computed."""
         super().__init_subclass__(**options)
         if "__call__" in vars(cls):
-            cls.__call__ = in_full_precision(cls.__call__)  # type: ignore[method-assign]
+            cls.__call__ = in_full_precision(cls.__call__)  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
