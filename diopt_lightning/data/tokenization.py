@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of every fingerprint: a change in how rows are made must not meet an old cache.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def tokenize(
 
     Returns:
         One row an instance with ``input_ids``, ``targets`` (a list of ids for each reference), ``task`` and
-        ``instance`` (indices), ``length`` (of the source), ``cut_source``, ``cut_targets`` and ``dropped_examples``
-        (counts).
+        ``instance`` (indices), ``length`` (of the source), ``cut_source``, ``cut_targets``, ``unknown_targets`` (of
+        nothing but words that the tokenizer does not know) and ``dropped_examples`` (counts).
 
     Raises:
         ConfigurationError: If a text cannot be tokenized; the message names its task.
@@ -101,6 +101,7 @@ def tokenize(
                     "length": number,
                     "cut_source": number,
                     "cut_targets": number,
+                    "unknown_targets": number,
                     "dropped_examples": number,
                 }
             ),
@@ -120,7 +121,8 @@ def tokenize(
 
 def summary(rows: "Dataset", tasks: Sequence[Task]) -> str:
     """How much there is in what :func:`tokenize` returned for some of the tasks, and what was cut or dropped."""
-    column = {name: rows[name][:] for name in ("task", "instance", "cut_source", "cut_targets", "dropped_examples")}
+    counts = ("cut_source", "cut_targets", "unknown_targets", "dropped_examples")
+    column = {name: rows[name][:] for name in ("task", "instance", *counts)}
     empty = sum(
         not all(output.strip() for output in tasks[task].instances[instance].outputs)
         for task, instance in zip(column["task"], column["instance"], strict=True)
@@ -128,6 +130,7 @@ def summary(rows: "Dataset", tasks: Sequence[Task]) -> str:
     losses = {
         "sources cut at the length limit": sum(column["cut_source"]),
         "targets cut": sum(column["cut_targets"]),
+        "targets of nothing but what the tokenizer does not know": sum(column["unknown_targets"]),
         "examples dropped from prompts because they did not fit": sum(column["dropped_examples"]),
         "instances with an empty reference": empty,
     }
@@ -185,5 +188,11 @@ def _rows(
                 "length": len(source),
                 "cut_source": int(cut_source),
                 "cut_targets": sum(was_cut for _, was_cut in targets),
+                "unknown_targets": sum(_is_unknown(tokenizer, target) for target, _ in targets),
                 "dropped_examples": prompt.dropped_examples,
             }
+
+
+def _is_unknown(tokenizer: PreTrainedTokenizerBase, target: list[int]) -> bool:
+    """Whether a target has unknown tokens and says nothing besides them: no output can be told from another."""
+    return tokenizer.unk_token_id in target and not tokenizer.decode(target, skip_special_tokens=True).strip()

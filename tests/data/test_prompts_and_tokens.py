@@ -1,17 +1,22 @@
 """Prompts letter by letter, token caches, batches and their order."""
 
+import dataclasses
 from collections import Counter
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diopt_lightning import ConfigurationError
 from diopt_lightning.data import Batch, Example, Instance, NaturalInstructionsDataModule, PromptFormat, Task
 from diopt_lightning.data.prompts import render
-from diopt_lightning.data.sampling import EvaluationSampler, TrainSampler
+from diopt_lightning.data.sampling import FILLING, EvaluationSampler, TrainSampler
+from diopt_lightning.data.text_format import encoder_decoder_format
+from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, tokenize
 from tests.conftest import task_document
 
 TASK = Task(
@@ -141,6 +146,25 @@ def test_what_is_cut_or_dropped_is_counted_and_said(layout, caplog):
     assert "1 instances with an empty reference" in said
 
 
+@pytest.mark.parametrize("outputs", [["§"], ["§ §", "fire"], ["§ fire"], [""], ["</s>"]])
+def test_targets_that_say_nothing_to_the_model_are_counted(layout, caplog, outputs):
+    instances = [{"id": str(index), "input": "apple", "output": outputs} for index in range(3)]
+    with caplog.at_level("INFO"):
+        prepared(layout({"task100": task_document("task100", Instances=instances)}))
+    said = next(record.message for record in caplog.records if record.message.startswith("test:"))
+    counted = "3 targets of nothing but what the tokenizer does not know" in said
+    assert counted == (outputs[0] in ("§", "§ §", "</s>"))
+
+
+def test_targets_of_unknown_characters_are_counted_with_the_real_tokenizer(t5_tokenizer, tmp_path):
+    tokenizer = load_tokenizer(str(t5_tokenizer))
+    outputs = ("<", "{ }", "{a", "a", "")
+    task = dataclasses.replace(TASK, instances=(Instance("a", "b", outputs),))
+    options = SourceTarget(PromptFormat(), encoder_decoder_format(tokenizer), 64, 8)
+    (row,) = tokenize([(0, task, [0])], tokenizer, options, tmp_path)
+    assert row["unknown_targets"] == 2
+
+
 def test_batches_are_padded_and_labels_masked(layout):
     batch = next(iter(prepared(layout()).train_dataloader()["inner"]))
     assert isinstance(batch, Batch)
@@ -176,16 +200,25 @@ def test_batches_group_similar_lengths():
     assert sorted(spreads)[100] < 50  # of 1000; unsorted batches spread over 800
 
 
-def test_processes_share_the_global_batch_and_evaluation_without_overlap():
+def test_processes_share_the_global_batch():
     lengths = [5, 3, 8, 1, 9, 2, 7]
     whole = TrainSampler(lengths, batch_size=4, seed=0)
     parts = [TrainSampler(lengths, batch_size=2, seed=0, num_replicas=2, rank=rank) for rank in range(2)]
     for step in range(6):
         assert sorted(whole.batch(step)) == sorted(parts[0].batch(step) + parts[1].batch(step))
-    shares = [
-        [i for batch in EvaluationSampler(lengths, 2, num_replicas=3, rank=r) for i, _ in batch] for r in range(3)
-    ]
-    assert sorted(chain.from_iterable(shares)) == list(range(7))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    batch_size=st.integers(1, 4),
+    replicas=st.integers(1, 5),
+)
+def test_every_row_is_evaluated_once_in_equally_many_batches_of_each_process(lengths, batch_size, replicas):
+    shares = [list(EvaluationSampler(lengths, batch_size, replicas, rank)) for rank in range(replicas)]
+    draws = [draw for share in shares for batch in share for draw in batch]
+    assert sorted(index for index, number in draws if number != FILLING) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(0 < len(batch) <= batch_size for share in shares for batch in share)
 
 
 def test_one_reference_is_drawn_at_random_for_training(layout):
