@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from diopt_lightning import ConfigurationError
+from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq, Seq2Seq
 from diopt_lightning.bilevel import BilevelProblem, Neumann
+from diopt_lightning.callbacks import RandomState, UniformNoise
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
@@ -30,7 +33,8 @@ from diopt_lightning.instructions import (
 )
 from tests.conftest import TINY_T5
 from tests.forms import INPUTS, batch_of
-from tests.helpers import prepend
+from tests.helpers import prepend, quiet_trainer
+from tests.runs import data
 
 
 @pytest.fixture
@@ -255,9 +259,38 @@ def test_cut_candidates_are_counted(tokenizer, tasks, backbone, caplog):
     assert "candidates: 6 of 6 cut to 5 tokens" in caplog.text
 
 
+def test_noise_on_phi_is_uniform_and_the_same_in_a_run_that_goes_on(blank_exemplars, tmp_path):
+    def fit(name: str, steps: int, *callbacks: UniformNoise, **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = InstructionOptimization(
+            RandomSeq2Seq(dict(TINY_T5)),
+            EmbedderDP(length=3),
+            Neumann(terms=1, step_size=1e-3),
+            outer_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        )
+        saving = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
+        every = [saving, RandomState(), *callbacks]
+        trainer = quiet_trainer(max_steps=steps, limit_val_batches=0, enable_checkpointing=True, callbacks=every)
+        trainer.fit(module, data(blank_exemplars, tmp_path / "data"), **options)
+        return module.instruction.weight.detach()
+
+    still, once, whole = fit("still", 1), fit("once", 1, UniformNoise(0.5)), fit("whole", 6, UniformNoise(0.5))
+    noise = once - still
+    assert noise.abs().max() <= 0.5
+    assert noise.std() == pytest.approx(0.5 / 3**0.5, rel=0.1)  # of 192 entries
+    assert (whole - still).std() == pytest.approx((6 / 3) ** 0.5 * 0.5, rel=0.2)  # which add up
+    path = tmp_path / "whole" / "step=3.ckpt"
+    assert torch.equal(fit("resumed", 6, UniformNoise(0.5), ckpt_path=path), whole)
+    with pytest.raises(ConfigurationError, match="InstructionTuning has none: remove the callback"):
+        UniformNoise(0.5).on_train_batch_start(
+            quiet_trainer(), InstructionTuning(RandomSeq2Seq(dict(TINY_T5))), None, 0
+        )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: UniformNoise(0.0), "`size` of uniform noise must be positive, got 0"),
         (lambda: EmbedderDP(length=0), "`length` of a soft instruction must be 1 or more, got 0"),
         (lambda: Normal(std=0.0), "`std` of a normal initialization must be positive, got 0"),
         (lambda: Soft(temperature=0.0), "`temperature` must be positive, got 0"),

@@ -4,6 +4,7 @@ from lightning.pytorch import Callback
 
 from diopt_lightning.callbacks.exemplars_found import ExemplarsFound
 from diopt_lightning.callbacks.instructions import LearnedInstructions
+from diopt_lightning.callbacks.noise import UniformNoise
 from diopt_lightning.callbacks.results import Results
 from diopt_lightning.memory.estimate import MemoryEstimate
 from diopt_lightning.resuming import Interruption, OptimizerOptions, RandomState, UnfinishedValidation
@@ -17,6 +18,7 @@ __all__ = [
     "RandomState",
     "Results",
     "UnfinishedValidation",
+    "UniformNoise",
     "standard_callbacks",
 ]
 
