@@ -13,8 +13,10 @@ from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.backbones.rows import token_losses
 from diopt_lightning.callbacks import Results
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.prompts import prompts_of_evaluation
 from diopt_lightning.instructions import EmbedderDP
+from tests.backbones import TARGETS, TEXTS, made, rows, some_tokenizer
 from tests.conftest import TINY_T5
 from tests.helpers import quiet_trainer
 from tests.runs import data, optimization
@@ -103,3 +105,49 @@ def test_several_prompts_of_one_test_are_scored_as_each_alone(blank_exemplars, t
 def test_prompts_without_names_for_files_are_refused(prompts, message, tmp_path):
     with pytest.raises(ConfigurationError, match=f"`data.test_prompt` is a prompt, or several by names .*{message}"):
         NaturalInstructionsDataModule(str(tmp_path), "tokenizer", test_prompt=prompts)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_enough_beams_find_the_best_of_all_outputs(family):
+    tokenizer = some_tokenizer()
+    backbone = made(family, tokenizer).eval()
+    batch = rows(backbone, tokenizer, TEXTS, TARGETS)
+    vocabulary, end, best = len(tokenizer), tokenizer.eos_token_id, []
+    first = torch.arange(vocabulary)
+    pairs = torch.stack([first.repeat_interleave(vocabulary), first.repeat(vocabulary)], dim=1)
+    pairs = pairs[(pairs[:, 0] != end)]
+    for index in range(len(TEXTS)):
+        row = Batch(*(column[index : index + 1].expand(len(pairs), *column.shape[1:]) for column in batch))
+        with torch.no_grad():
+            scores = -backbone.target_losses(row._replace(labels=pairs), None) / 2
+        best.append(pairs[scores.argmax()])
+    found = backbone.generate(batch, 2, num_beams=vocabulary)[:, -2:]
+    greedy = backbone.generate(batch, 2)[:, -2:]
+    assert torch.equal(found, torch.stack(best))
+    assert not torch.equal(found, greedy)
+
+
+def test_a_module_generates_with_the_beams_it_is_given(blank_exemplars, tmp_path):
+    found = {}
+    for beams in (1, 4):
+        torch.manual_seed(0)
+        module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), max_new_tokens=3, num_beams=beams)
+        trainer = quiet_trainer()
+        trainer.test(module, data(blank_exemplars, tmp_path), verbose=False)
+        with torch.no_grad():
+            for parameter in module.backbone.parameters():
+                parameter.add_(0.5 * torch.randn_like(parameter))
+        batch = next(iter(trainer.datamodule.test_dataloader()))
+        outputs = module.backbone.eval().generate(batch, 3, num_beams=beams)
+        texts = [text.strip() for text in trainer.datamodule.tokenizer.batch_decode(outputs, skip_special_tokens=True)]
+        found[beams] = [prediction["prediction"] for prediction in module.predict_step(batch, 0)]
+        assert found[beams] == texts
+    assert found[1] != found[4]
+
+
+def test_beams_of_a_backbone_without_are_refused():
+    class Greedy(RandomSeq2Seq):
+        searches_beams = False
+
+    with pytest.raises(ConfigurationError, match="`num_beams` is 2, and Greedy is greedy: set it to 1"):
+        InstructionTuning(Greedy(dict(TINY_T5)), num_beams=2)

@@ -19,10 +19,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         name: Name on the hub, or folder, of the pretrained model; what it is made of where there is none.
         is_encoder_decoder: Whether an encoder reads the source, and an instruction, apart from the target.
+        searches_beams: Whether it generates with several beams too.
     """
 
     name: str
     is_encoder_decoder: bool
+    searches_beams: bool = False
 
     @property
     @abstractmethod
@@ -56,10 +58,13 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Greedy outputs given instruction and input as token ids ``(batch, up to max_new_tokens + 1)``.
+    def generate(
+        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
+    ) -> Tensor:
+        """Outputs given instruction and input as token ids ``(batch, up to max_new_tokens + 1)``.
 
-        The instruction has no alternatives.
+        They are greedy, or the best of a search with several beams by mean log probability of a token; more than one is
+        asked for only where the backbone has ``searches_beams``. The instruction has no alternatives.
         """
 
     def check_lengths(self, source: int, target: int) -> None:

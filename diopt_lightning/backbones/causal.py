@@ -67,9 +67,11 @@ class Causal(TransformersBackbone):
         return token_losses(output.logits, labels[:, first:], label_smoothing)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Greedy outputs ``(batch, up to max_new_tokens)``; see :class:`Backbone`."""
-        model, options = self.language_model, self.generation_options(max_new_tokens)
+    def generate(
+        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
+    ) -> Tensor:
+        """Outputs ``(batch, up to max_new_tokens)``; see :class:`Backbone`."""
+        model, options = self.language_model, self.generation_options(max_new_tokens, num_beams=num_beams)
         if instruction is None:
             return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
         embeddings, mask = self._source(batch, instruction)

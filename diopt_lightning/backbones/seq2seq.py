@@ -94,10 +94,12 @@ class Seq2Seq(TransformersBackbone):
         return token_losses(output.logits, batch.labels, label_smoothing)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None) -> Tensor:
-        """Greedy outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
+    def generate(
+        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
+    ) -> Tensor:
+        """Outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
         model = self.language_model
-        options = self.generation_options(max_new_tokens, decoder_start_token_id=self._start)
+        options = self.generation_options(max_new_tokens, num_beams=num_beams, decoder_start_token_id=self._start)
         if instruction is None:
             return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
         embeddings, mask = self._source(batch, instruction)

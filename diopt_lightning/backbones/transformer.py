@@ -38,6 +38,7 @@ class TransformersBackbone(Backbone):
     auto_class: Any
     family: str
     is_pretrained = True
+    searches_beams = True
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class InstructionEvaluation(pl.LightningModule):
         max_new_tokens: Tokens that are generated at most for a dev or test instance. Default: 128, the official limit.
         instructed_evaluation: Give dev and test tasks the learned instruction too, before their human-written one; only
             for forms that have one for tasks that they did not learn from. Default: no, as in the paper.
+        num_beams: Beams of the search for what is generated. Default: 1 (greedy), as in the official evaluation.
         label_smoothing: Share of each target's probability that the loss of train tasks spreads evenly over the
             vocabulary; losses of all other tasks have none. Default: 0, as in the paper.
 
@@ -54,9 +55,15 @@ class InstructionEvaluation(pl.LightningModule):
         max_new_tokens: int = 128,
         instructed_evaluation: bool = False,
         label_smoothing: float = 0.0,
+        num_beams: int = 1,
     ) -> None:
         super().__init__()
-        require_at_least(1, max_new_tokens=max_new_tokens)
+        require_at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        if num_beams > 1 and not backbone.searches_beams:
+            raise ConfigurationError(
+                f"`num_beams` is {num_beams}, and {type(backbone).__name__} is greedy: set it to 1."
+            )
+        self.num_beams = num_beams
         if not 0 <= label_smoothing < 1:
             raise ConfigurationError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
         self.label_smoothing = label_smoothing
@@ -225,7 +232,8 @@ class InstructionEvaluation(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
         """Predict a batch of unseen test tasks, with one of the test prompts."""
-        outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch))
+        beams = {"num_beams": self.num_beams} if self.num_beams > 1 else {}
+        outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch), **beams)
         texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return of_prompt(self.data.evaluations("test")[dataloader_idx], predictions_of(texts, batch, self.data.tasks))
 

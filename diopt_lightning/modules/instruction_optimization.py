@@ -31,8 +31,8 @@ class InstructionOptimization(BilevelModule, InstructionEvaluation):
         hypergradient: Estimates the gradient of the validation tasks' loss with respect to phi. Default:
             :class:`~diopt_lightning.bilevel.Chebyshev` with five products. The paper's is
             :class:`~diopt_lightning.bilevel.Neumann` with one term.
-        options: Those of :class:`~diopt_lightning.BilevelModule`, ``max_new_tokens``, ``instructed_evaluation`` and
-            ``label_smoothing``.
+        options: Those of :class:`~diopt_lightning.BilevelModule`, ``max_new_tokens``, ``num_beams``,
+            ``instructed_evaluation`` and ``label_smoothing``.
 
     Raises:
         ConfigurationError: If an argument is out of range, or the instruction has nothing to learn.

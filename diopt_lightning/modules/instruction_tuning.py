@@ -51,7 +51,7 @@ class InstructionTuning(InstructionEvaluation):
         skip_limit: Steps in a row that are skipped because the gradient is not finite, at which the run ends.
         inner_gradient_clip: Largest norm of the gradient. Default: what the trainer says.
         inner_accumulation: Batches whose gradients are averaged into one step. Default: what the trainer says.
-        options: ``max_new_tokens``, ``instructed_evaluation`` and ``label_smoothing``, as in
+        options: ``max_new_tokens``, ``num_beams``, ``instructed_evaluation`` and ``label_smoothing``, as in
             :class:`~diopt_lightning.InstructionOptimization`.
 
     Raises:
