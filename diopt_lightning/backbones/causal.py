@@ -12,6 +12,7 @@ from diopt_lightning.backbones.rows import compact, insert, token_losses
 from diopt_lightning.backbones.transformer import TransformersBackbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.text_format import TextFormat, causal_format, chat_format
+from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.instructions.base import InstructionEmbeddings
 
 
@@ -25,8 +26,11 @@ class Causal(TransformersBackbone):
 
     Args:
         pretrained: Name on the hub, or folder, of a pretrained model, e.g. ``HuggingFaceTB/SmolLM2-135M``.
-        chat_template: Close prompts by the tokenizer's chat template, the source as the user's turn and the target as
-            the assistant's; for models that were tuned to chat. Default: no, the target goes on behind ``Output:``.
+        chat_template: Write source and target as the turns of user and assistant, exactly as the tokenizer's chat
+            template writes that dialogue; for models that were tuned to chat. Default: no, the target goes on behind
+            ``Output:``.
+        template_arguments: What the template is given beside the dialogue, e.g. ``{"enable_thinking": False}``, or the
+            date where it would write that of the day.
         options: As of every :class:`TransformersBackbone`.
 
     Example:
@@ -37,13 +41,22 @@ class Causal(TransformersBackbone):
     auto_class = AutoModelForCausalLM
     family = "a causal model"
 
-    def __init__(self, pretrained: str, chat_template: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        chat_template: bool = False,
+        template_arguments: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(pretrained, **options)
+        if template_arguments and not chat_template:
+            raise ConfigurationError("`template_arguments` are for a chat template, and `chat_template` is false.")
         self.chat_template = chat_template
+        self.template_arguments = template_arguments
 
     def text_format(self, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
         """The target goes on from the source, or answers it; see :class:`Backbone`."""
-        return chat_format(tokenizer) if self.chat_template else causal_format(tokenizer)
+        return chat_format(tokenizer, self.template_arguments) if self.chat_template else causal_format(tokenizer)
 
     def check_lengths(self, source: int, target: int) -> None:
         """Check both in one piece; see :class:`Backbone`."""

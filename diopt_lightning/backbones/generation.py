@@ -3,7 +3,6 @@
 import inspect
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
@@ -28,7 +27,7 @@ def greedy(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **so
     ((name, column),) = source.items()
     in_one_piece = not model.config.is_encoder_decoder
     lengths = mask.sum(dim=1)
-    groups = [lengths == length for length in torch.unique(lengths)] if sees_padding(model) else [lengths >= 0]
+    groups = [lengths == length for length in set(lengths.tolist())] if sees_padding(model) else [lengths >= 0]
     found: dict[int, Tensor] = {}
     # `generate` takes from the model what its options leave open.
     shipped, model.generation_config = model.generation_config, options

@@ -96,7 +96,7 @@ class TransformersBackbone(Backbone):
         text_format = self.text_format(tokenizer)
         self._before, self._pad = len(text_format.before), cast(int, tokenizer.pad_token_id)
         # The configurations of models name other tokens, or none: the end is what targets end with.
-        self._ends = sorted({text_format.target_after[0], cast(int, tokenizer.eos_token_id)})
+        self._ends = sorted({text_format.stop, cast(int, tokenizer.eos_token_id)})
         if self.compile_model:
             # Batches differ in length: one program for all lengths.
             self.model.compile(dynamic=True)
@@ -108,9 +108,8 @@ class TransformersBackbone(Backbone):
 
     def generation_options(self, max_new_tokens: int, **options: int) -> GenerationConfig:
         """All that decides what is generated, beside the model."""
-        ends, pad = self._ends, self._pad
-        given = {"eos_token_id": ends, "pad_token_id": pad, **options}
-        return GenerationConfig(max_new_tokens=max_new_tokens, **given)  # type: ignore[no-untyped-call]
+        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": self._pad}
+        return cast(GenerationConfig, cast(Any, GenerationConfig)(eos_token_id=self._ends, **options))
 
     def frozen_names(self) -> list[str]:
         """Names of what was loaded and is not learned; see :class:`Backbone`."""
