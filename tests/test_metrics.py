@@ -23,6 +23,7 @@ from diopt_lightning.data.tasks import read_tasks
 from diopt_lightning.metrics import (
     METRICS,
     ExactMatch,
+    Rouge1,
     RougeL,
     TaskMetric,
     exact_match,
@@ -34,12 +35,16 @@ from diopt_lightning.metrics.text import _cross_lingual_words, _scorer
 STEMMER = PorterStemmer()
 
 
+def stem(word: str) -> str:
+    return STEMMER.stem(word) if len(word) > 3 else word
+
+
 def slow_rouge_l(prediction: str, reference: str) -> float:
     """F-measure of the longest common subsequence of stemmed words, by the textbook recursion."""
 
     def words(text: str) -> list[str]:
         found = re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
-        return [STEMMER.stem(word) if len(word) > 3 else word for word in found]
+        return [stem(word) for word in found]
 
     a, b = words(prediction), words(reference)
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
@@ -51,6 +56,14 @@ def slow_rouge_l(prediction: str, reference: str) -> float:
         return 0.0
     precision, recall = common / len(a), common / len(b)
     return 2 * precision * recall / (precision + recall)
+
+
+def slow_rouge_1(prediction: str, reference: str) -> float:
+    """The same of the words in order of the alphabet: their longest common subsequence is what is common at all."""
+    a, b = (
+        " ".join(sorted(re.sub(r"[^a-z0-9]+", " ", text.lower()).split(), key=stem)) for text in (prediction, reference)
+    )
+    return slow_rouge_l(a, b)
 
 
 def slow_exact_match(prediction: str, reference: str) -> bool:
@@ -65,6 +78,7 @@ def slow_exact_match(prediction: str, reference: str) -> bool:
 SCORES: list[tuple[type[TaskMetric], Callable[[str, str], float]]] = [
     (RougeL, slow_rouge_l),
     (ExactMatch, slow_exact_match),
+    (Rouge1, slow_rouge_1),
 ]
 
 
@@ -94,7 +108,7 @@ def equals_the_score(metric_class: type[TaskMetric], slow: Callable[[str, str], 
             assert found[group].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:RougeL of English")
+@pytest.mark.filterwarnings("ignore:Rouge.* of English")
 @pytest.mark.parametrize(("metric", "slow"), SCORES)
 @settings(max_examples=150, deadline=None)
 @given(items=ITEMS)
@@ -169,7 +183,7 @@ def test_a_task_is_scored_in_the_way_of_its_language_and_what_nothing_sees_is_sa
     assert metric.compute()["task/written"] == 100
 
 
-@pytest.mark.filterwarnings("ignore:RougeL of English")
+@pytest.mark.filterwarnings("ignore:Rouge.* of English")
 def test_english_tasks_are_scored_as_on_the_official_default_track(real_data):
     official = RougeScorer(["rougeL"], use_stemmer=True)
     names = sorted(path.stem for path in (real_data / "tasks").glob("*.json"))[::8]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rouge_score.rouge_scorer import RougeScorer
 
 from diopt_lightning import ConfigurationError, InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
@@ -24,7 +26,7 @@ from diopt_lightning.instructions import (
     Linear,
     TaskWeights,
 )
-from diopt_lightning.modules.evaluation import Prediction
+from diopt_lightning.modules.predictions import Prediction, predictions_of
 from tests.conftest import TINY_T5
 from tests.forms import FORMS, LEARNABLE
 from tests.helpers import quiet_trainer
@@ -79,6 +81,30 @@ def test_dev_and_test_tasks_are_evaluated_with_human_written_instructions(blank_
     trainer.predict(module, tasks)
     again = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert again == written
+
+
+def test_both_official_evaluations_read_the_predictions_and_agree_with_the_scores(blank_exemplars, tmp_path):
+    module, tasks = Echo(RandomSeq2Seq(dict(TINY_T5)), max_new_tokens=3), data(blank_exemplars, tmp_path)
+    quiet_trainer(callbacks=[Results(table=False)], default_root_dir=tmp_path).test(module, tasks, verbose=False)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    instances = {row.id: row for task in tasks.split_tasks("test") for row in task.instances}
+    scorer, scores = RougeScorer(["rouge1", "rougeL"], use_stemmer=True), defaultdict(list)
+    for line in lines:
+        assert line["Instance"] == {"id": line["id"], "output": list(instances[line["id"]].outputs)}
+        assert line["Prediction"] == line["prediction"]
+        for group in ("", f"_for_{line['Task']}", "_for_label_recall"):
+            for metric, score in scorer.score(line["Instance"]["output"][0], line["Prediction"]).items():
+                scores[f"{metric}{group}"].append(100 * score.fmeasure)
+            scores[f"exact_match{group}"].append(100.0 * (line["Prediction"] in line["Instance"]["output"]))
+        scores["gen_len"].append(line["generated_tokens"])
+    expected = {name: sum(values) / len(values) for name, values in scores.items()}
+    assert {name: value for name, value in found.items() if "/" not in name} == pytest.approx(expected)
+    assert found["gen_len"] == found["test/gen_len"]
+    outputs, batch = torch.tensor([[0, 5, 1, 0], [0, 5, 6, 1]]), next(iter(tasks.test_dataloader()))
+    rows = predictions_of(outputs, tasks.tokenizer, Batch(*(column[:2] for column in batch)), tasks.tasks)
+    assert [row["generated_tokens"] for row in rows] == [2, 3]  # padding, with which T5 begins, is none
+    assert found["exact_match"] == found["test/exact_match"] == 25
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from diopt_lightning.callbacks.figures import draw_losses
 from diopt_lightning.data.files import printable
 from diopt_lightning.inspection.report import as_json
 from diopt_lightning.modules.evaluation import InstructionEvaluation
-from diopt_lightning.modules.predictions import Prediction
+from diopt_lightning.modules.predictions import Prediction, official_line, official_names
 from diopt_lightning.resuming.processes import of_all_processes
 
 LOSSES = ("inner_loss", "outer_loss")
@@ -22,8 +22,9 @@ class Results(Callback):
     """Writes a run's results to the folder of its logger, and ends with a short table.
 
     After fitting: ``losses.csv`` and ``losses.png``, both losses over the inner steps. After testing: ``metrics.json``,
-    over all, per category and per task, and ``predictions.jsonl``, which the official evaluation reads (of several test
-    prompts a ``predictions_NAME.jsonl`` for each); after predicting, the latter.
+    over all, per category and per task, by our names and by those of Tk-Instruct's evaluation (``rougeL_for_TASK``,
+    ``gen_len``), and ``predictions.jsonl``, which that and the leaderboard's read (of several test prompts a
+    ``predictions_NAME.jsonl`` for each); after predicting, the latter.
 
     Args:
         table: Whether to print the table.
@@ -86,9 +87,10 @@ class Results(Callback):
         if not trainer.is_global_zero or not isinstance(pl_module, InstructionEvaluation):
             return
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        scores = pl_module.scores["test"].items()
-        details = {f"test/{name}": value for name, value in scores if not name.endswith("/all")}
-        (folder / "metrics.json").write_text(as_json({**metrics, **details}), encoding="utf-8")
+        scores = pl_module.scores["test"]
+        details = {f"test/{name}": value for name, value in scores.items() if not name.endswith("/all")}
+        official = {**official_names(scores), "gen_len": metrics["test/gen_len"]}
+        (folder / "metrics.json").write_text(as_json({**metrics, **details, **official}), encoding="utf-8")
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
     def _write_predictions(self, trainer: Trainer, folder: Path) -> int:
@@ -100,7 +102,7 @@ class Results(Callback):
             path = folder / (f"predictions_{prompt}.jsonl" if prompt else "predictions.jsonl")
             with path.open("w", encoding="utf-8") as file:
                 for prediction in sorted(rows, key=lambda prediction: (prediction["task"], prediction["id"])):
-                    file.write(as_json(prediction, indent=None))
+                    file.write(as_json(official_line(prediction), indent=None))
         return len(predictions)
 
     def _show(self, title: str, rows: dict[str, str], folder: Path) -> None:

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from diopt_lightning.data.files import quoted
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.metrics.text import exact_match, in_another_script, rouge_l
+from diopt_lightning.metrics.text import exact_match, in_another_script, rouge_1, rouge_l
 
 # What ROUGE's own tokenizer finds in a text.
 SEEN = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
@@ -137,6 +137,25 @@ class RougeL(TaskMetric):
                 f"for references such as {quoted(references[0])} of `{task}` score 0, as in the official evaluation."
             )
         return self.score(prediction, references, cross_lingual)
+
+
+class Rouge1(RougeL):
+    """ROUGE-1 F-measure, the maximum over references; see :func:`rouge_1`, and :class:`RougeL` for its languages.
+
+    Args:
+        categories: The category of each task.
+        cross_lingual: As of :class:`RougeL`.
+
+    Example:
+        >>> metric = Rouge1({"task1": "Title Generation"})
+        >>> metric.update(["sat the cats"], [["the cat sat down"]], ["task1"])
+        >>> metric.compute()["all"]
+        tensor(85.7143, dtype=torch.float64)
+    """
+
+    def score(self, prediction: str, references: Sequence[str], cross_lingual: bool | None = None) -> float:
+        """Score one prediction."""
+        return rouge_1(prediction, references, cross_lingual)
 
 
 class ExactMatch(TaskMetric):

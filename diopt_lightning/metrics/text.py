@@ -103,6 +103,16 @@ def rouge_l(prediction: str, references: Sequence[str], cross_lingual: bool | No
     return _rouge("rougeL", prediction, references, cross_lingual)
 
 
+def rouge_1(prediction: str, references: Sequence[str], cross_lingual: bool | None = None) -> float:
+    """ROUGE-1 F-measure, of words in any order, the maximum over the references; else as :func:`rouge_l`.
+
+    Example:
+        >>> rouge_1("sat the cats", ["the cat sat down"])
+        0.8571428571428571
+    """
+    return _rouge("rouge1", prediction, references, cross_lingual)
+
+
 def _rouge(rouge: str, prediction: str, references: Sequence[str], cross_lingual: bool | None) -> float:
     scorer = _scorer(rouge, in_another_script(references) if cross_lingual is None else cross_lingual)
     return max(float(scorer.score(reference, prediction)[rouge].fmeasure) for reference in references)

@@ -234,17 +234,19 @@ class InstructionEvaluation(pl.LightningModule):
         """Predict a batch of unseen test tasks, with one of the test prompts."""
         beams = {"num_beams": self.num_beams} if self.num_beams > 1 else {}
         outputs = self.backbone.generate(batch, self.max_new_tokens, self.instruct(batch), **beams)
-        texts = self.data.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        return of_prompt(self.data.evaluations("test")[dataloader_idx], predictions_of(texts, batch, self.data.tasks))
+        predictions = predictions_of(outputs, self.data.tokenizer, batch, self.data.tasks)
+        return of_prompt(self.data.evaluations("test")[dataloader_idx], predictions)
 
     def _evaluate(self, name: str, batch: Batch) -> list[Prediction]:
         # Weighted by target tokens: the mean over all tokens of the stage, however they fall into batches.
         loss = self.backbone.loss(batch, self.instruct(batch))
         size = batch.target_tokens if bool((batch.instance >= 0).all()) else 0
         loss = loss if size else torch.zeros_like(loss)  # which may be 0 / 0
-        shown: dict[str, Any] = {"prog_bar": name == "dev", "add_dataloader_idx": False}
-        self.log(f"{name}/loss", loss, batch_size=size, on_epoch=True, sync_dist=True, **shown)
+        shown: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
+        self.log(f"{name}/loss", loss, batch_size=size, prog_bar=name == "dev", **shown)
         predictions = of_prompt(name, self.predict_step(batch, 0))
+        length = sum(prediction["generated_tokens"] for prediction in predictions) / max(1, len(predictions))
+        self.log(f"{name}/gen_len", length, batch_size=len(predictions), **shown)
         getattr(self, f"{name}_metrics").update(predictions)
         return predictions
 

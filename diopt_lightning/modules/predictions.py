@@ -1,10 +1,11 @@
 """What a model says about dev and test instances, and how good that is."""
 
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.tasks import Task
@@ -12,10 +13,9 @@ from diopt_lightning.metrics import TaskMetric, in_other_languages
 
 
 class Prediction(TypedDict):
-    """A line of the official predictions file, and what it is about.
+    """What was generated for an instance, in how many tokens with the end but no padding, and what it is about.
 
-    The official evaluation reads ``id`` and ``prediction``. Where there are several test prompts, ``prompt`` is the
-    name of the one that was read.
+    Where there are several test prompts, ``prompt`` is the name of the one that was read.
     """
 
     id: str
@@ -24,12 +24,43 @@ class Prediction(TypedDict):
     task: str
     category: str
     prompt: NotRequired[str]
+    generated_tokens: int
 
 
-def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) -> list[Prediction]:
-    """The texts that were generated for the rows of a batch, with what they are about; of rows that count alone."""
+def official_line(prediction: Prediction) -> dict[str, Any]:
+    """A prediction under the names of both official evaluations too.
+
+    That of the leaderboard (natural-instructions, ``eval/automatic/evaluation.py``) reads ``id`` and ``prediction``,
+    that of Tk-Instruct (``src/compute_metrics.py``) reads ``Task``, ``Prediction`` and the outputs of ``Instance``.
+    """
+    instance = {"id": prediction["id"], "output": prediction["references"]}
+    return {**prediction, "Task": prediction["task"], "Prediction": prediction["prediction"], "Instance": instance}
+
+
+def official_names(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores of :class:`Metrics` by the names of Tk-Instruct's evaluation.
+
+    Example:
+        >>> official_names({"rougeL/all": 1.0, "rougeL/category/Data to Text": 2.0, "rougeL/task/task1": 3.0})
+        {'rougeL': 1.0, 'rougeL_for_data_to_text': 2.0, 'rougeL_for_task1': 3.0}
+    """
+    named = {}
+    for name, value in scores.items():
+        metric, group, *of = name.split("/", maxsplit=2)
+        of = ["_".join(of[0].lower().split())] if group == "category" else of
+        named["_for_".join([metric, *of])] = value
+    return named
+
+
+def predictions_of(
+    outputs: Tensor, tokenizer: PreTrainedTokenizerBase, batch: Batch, tasks: Sequence[Task]
+) -> list[Prediction]:
+    """What was generated for the rows of a batch, those that count alone, as token ids ``(batch, length)``."""
     predictions: list[Prediction] = []
-    for text, t, i in zip(texts, batch.task.tolist(), batch.instance.tolist(), strict=True):
+    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    lengths = (outputs != tokenizer.pad_token_id).sum(dim=1)
+    columns = (column.tolist() for column in (lengths, batch.task, batch.instance))
+    for text, length, t, i in zip(texts, *columns, strict=True):
         if i < 0:
             continue
         task, instance = tasks[t], tasks[t].instances[i]
@@ -40,6 +71,7 @@ def predictions_of(texts: Sequence[str], batch: Batch, tasks: Sequence[Task]) ->
                 "references": list(instance.outputs),
                 "task": task.name,
                 "category": task.category,
+                "generated_tokens": length,
             }
         )
     return predictions
