@@ -54,6 +54,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             official test tasks are balanced by label.
         max_source_length: Tokens of instruction and source together, those of a learned instruction included.
         max_target_length: Tokens of a target.
+        official_cutting: Cut sources that are too long to the ids of Tk-Instruct, which decodes and encodes what fits.
         batch_size: Instances in a training batch of the inner level, for each process.
         outer_batch_size: The same for the outer level. Default: as ``batch_size``. Of several outer batches at a step
             (``model.outer_batches``) the size of each.
@@ -90,6 +91,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         test_instances_per_task: int = 100,
         max_source_length: int = 1024,
         max_target_length: int = 128,
+        official_cutting: bool = False,
         batch_size: int = 16,
         outer_batch_size: int | None = None,
         evaluation_batch_size: int | None = None,
@@ -121,6 +123,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self.test_instances_per_task = test_instances_per_task
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
+        self.official_cutting = official_cutting
         self.batch_size = batch_size
         self.outer_batch_size = outer_batch_size if outer_batch_size is not None else batch_size
         self.evaluation_batch_size = evaluation_batch_size if evaluation_batch_size is not None else batch_size
@@ -252,9 +255,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
                 f"{reserved} positions: raise the limit, or make the instruction shorter (`length`, `slots` or "
                 "`candidate_length`)."
             )
-        options = SourceTarget(
-            self.prompts[split], reading.text_format, self.max_source_length - reserved, self.max_target_length
-        )
+        lengths = self.max_source_length - reserved, self.max_target_length
+        options = SourceTarget(self.prompts[split], reading.text_format, *lengths, self.official_cutting)
         names = {task.name for task in self.split_tasks(split)}
         evaluated = split not in ("train", "validation")
         number, seed = (self.test_instances_per_task, None) if evaluated else (self.instances_per_task, self.seed)

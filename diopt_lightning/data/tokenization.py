@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diopt_lightning.data.files import load_pretrained
+from diopt_lightning.data.long_texts import shortened
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import TextFormat
@@ -31,12 +32,41 @@ class SourceTarget:
         text_format: What stands around both.
         max_source_length: Tokens of a source, end token included. Longer ones are cut at the end.
         max_target_length: Tokens of a target, end token included.
+        official_cutting: Cut a source as Tk-Instruct does: by decoding the tokens that fit, and encoding their text.
+
+    Raises:
+        ConfigurationError: If a target is to go on from a source that is cut so, which has lost its end.
     """
 
     prompt: PromptFormat
     text_format: TextFormat
     max_source_length: int
     max_target_length: int
+    official_cutting: bool = False
+
+    def __post_init__(self) -> None:
+        if self.official_cutting and self.text_format.continued:
+            raise ConfigurationError(
+                "`data.official_cutting` is how Tk-Instruct cuts sources of encoder-decoder models, and would leave a "
+                "causal one without the words that ask for the output: set it to false."
+            )
+
+    def source(self, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], bool]:
+        """Return the ids of a source, and whether anything was cut."""
+        text = shortened(tokenizer, text, self.max_source_length)
+        ids, was_cut = self.text_format.source(tokenizer, text, self.max_source_length)
+        if was_cut and self.official_cutting:
+            # Unknown and special tokens are lost on the way, and some spaces; see the tokenizer's own options.
+            kept = tokenizer(text, verbose=False)["input_ids"][: self.max_source_length]
+            again = str(tokenizer.decode(kept, skip_special_tokens=True))
+            ids, _ = self.text_format.source(tokenizer, again, self.max_source_length)
+        return ids, was_cut
+
+    def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], bool]:
+        """Return the ids of a target, and whether anything was cut."""
+        before = self.text_format.continued + self.text_format.separator
+        text = shortened(tokenizer, text, self.max_target_length, before)
+        return self.text_format.target(tokenizer, text, self.max_target_length)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -166,18 +196,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _rows(
     tasks: Sequence[tuple[int, Task, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, options: SourceTarget
 ) -> Iterator[dict[str, Any]]:
-    text_format = options.text_format
-
     def fits(text: str) -> bool:
-        return not text_format.source(tokenizer, text, options.max_source_length)[1]
+        return not options.source(tokenizer, text)[1]
 
     for index, task, instances in tasks:
         for position in instances:
             instance = task.instances[position]
             try:
                 prompt = render(task, instance.input, options.prompt, fits)
-                source, cut_source = text_format.source(tokenizer, prompt.text, options.max_source_length)
-                targets = [text_format.target(tokenizer, o, options.max_target_length) for o in instance.outputs]
+                source, cut_source = options.source(tokenizer, prompt.text)
+                targets = [options.target(tokenizer, output) for output in instance.outputs]
             except ConfigurationError as error:
                 raise ConfigurationError(f"{task.name}.json, field ['Instances'][{position}]: {error}") from error
             yield {

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import pad
+from diopt_lightning.data.long_texts import shortened
 from diopt_lightning.data.prompts import close, example_body, example_header
 from diopt_lightning.data.tasks import Example, Task
 from diopt_lightning.data.text_format import encode
@@ -167,7 +168,7 @@ def tokenize_candidates(
         ConfigurationError: If a candidate is longer and must not be cut.
     """
     texts = [[candidate.text(explanations) for candidate in candidates] for candidates in rows]
-    encoded = [[encode(tokenizer, text) for text in candidates] for candidates in texts]
+    encoded = [[encode(tokenizer, shortened(tokenizer, text, length)) for text in row] for row in texts]
     too_long = [(text, ids) for t, e in zip(texts, encoded, strict=True) for text, ids in zip(t, e, strict=True)]
     too_long = [(text, ids) for text, ids in too_long if len(ids) > length]
     if too_long and not cut:
