@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from diopt_lightning.data.agreement import compare_processes
 from diopt_lightning.data.collate import Batch, Collator
 from diopt_lightning.data.outer_batches import JoinedBatches, SplitCollator, outer_batches
 from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
@@ -170,24 +171,24 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tasks and open the token cache."""
-        if self._fitting:
+        if is_fitting(self.trainer):
             self._positions, self._train_loaders = {}, {}  # those of an earlier run
         needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
         for split in self.prompts:
             if split.split("/")[0] in needed[stage] and split not in self._rows and self.split_tasks(split):
                 self._rows[split] = self._tokenize(split)
+        if self.trainer is not None:
+            compare_processes(self._rows, f"{self.root} and {self.tokenizer_name}")
 
     def train_dataloader(self) -> dict[str, ResumableDataLoader]:
-        """Endless streams of both levels; an epoch is one pass over the instances of the train tasks.
-
-        Loaders that are made anew within a run, as by ``reload_dataloaders_every_n_epochs``, go on where the last are.
-        """
+        """Endless streams of both levels, which go on within a run; an epoch is one pass over the train instances."""
         inner = self._train_loader("train", self.batch_size, None)
         loaders = {"inner": inner}
         if self.splits.validation:
             together = outer_batches(self.trainer.lightning_module if self.trainer is not None else None)
             loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner), together)
-        positions = self._positions or (self.state_dict() if self._fitting else {})
+        # Not only those of a checkpoint: `reload_dataloaders_every_n_epochs` asks for loaders again.
+        positions = self._positions or (self.state_dict() if is_fitting(self.trainer) else {})
         for level in positions.keys() & loaders.keys():
             loaders[level].load_state_dict(positions[level])
         self._positions, self._train_loaders = {}, loaders
@@ -203,12 +204,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep positions for the loaders of a resumed run."""
-        if self._fitting:
+        if is_fitting(self.trainer):
             self._positions = state_dict
-
-    @property
-    def _fitting(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The dev tasks, or nothing if there are none."""
@@ -264,7 +261,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
 
     def _train_loader(self, split: str, size: int, num_batches: int | None, together: int = 1) -> ResumableDataLoader:
-        rows, (replicas, rank) = self._rows[split], self._processes()
+        rows, (replicas, rank) = self._rows[split], processes_of(self.trainer)
         arguments = rows["length"][:], size, self.seed, num_batches, replicas, rank
         sampler = JoinedBatches(together, *arguments) if together > 1 else TrainSampler(*arguments)
         wanted = getattr(self.trainer, "overfit_batches", 0)
@@ -275,7 +272,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return ResumableDataLoader(TokenRows(rows), sampler, collator, self.num_workers, self.pin_memory)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        rows, (replicas, rank) = self._rows[split], self._processes()
+        rows, (replicas, rank) = self._rows[split], processes_of(self.trainer)
         return DataLoader(
             TokenRows(rows),
             batch_size=None,
@@ -286,8 +283,12 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             pin_memory=self.pin_memory,
         )
 
-    def _processes(self) -> tuple[int, int]:
-        """Number of processes and the index of this one."""
-        if self.trainer is None:
-            return 1, 0
-        return self.trainer.world_size, self.trainer.global_rank
+
+def is_fitting(trainer: pl.Trainer | None) -> bool:
+    """Whether a trainer is there and trains."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+
+def processes_of(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """Number of processes and the index of this one."""
+    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)

@@ -1,4 +1,4 @@
-"""Reading files that someone else has written: what can be told before they are opened, and how messages quote them."""
+"""Reading files that someone else has written, and writing files that someone else may be reading."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ import stat
 import unicodedata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from diopt_lightning.errors import ConfigurationError, one_line
 
@@ -89,6 +90,19 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file aside and give it its name, or leave one that is the same, so that nobody reads a part of it."""
+    content = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == content:
+        return
+    aside = path.with_name(f".{uuid4().hex}.part")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def quoted(value: Any) -> str:

@@ -4,12 +4,14 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
+from diopt_lightning.data.files import write_whole
 from diopt_lightning.data.prompts import PromptFormat
 from diopt_lightning.errors import ConfigurationError, require_at_least
 
@@ -72,7 +74,10 @@ class BlankExemplars:
             raise ConfigurationError(f"`labels` must be {len(LABELS)} or less, got {self.labels}.")
 
     def write(self, root: Path) -> None:
-        """Write the tasks, their split lists and a tokenizer in the official layout, the same at every call."""
+        """Write the tasks, their split lists and a tokenizer in the official layout, the same at every call.
+
+        Other processes may read and write the same meanwhile: no file is ever there in part.
+        """
         generator = random.Random(f"blank exemplars/{self.seed}")
         (root / "tasks").mkdir(parents=True, exist_ok=True)
         (root / "splits" / "default").mkdir(parents=True, exist_ok=True)
@@ -84,13 +89,18 @@ class BlankExemplars:
                 # Labels take turns, so that each set of tasks has them in equal shares.
                 name, label = f"task{number:03d}_label_{split}", LABELS[number % self.labels]
                 document = self._task(name, label, self.exemplars if split == "train" else 1, generator)
-                (root / "tasks" / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+                write_whole(root / "tasks" / f"{name}.json", json.dumps(document, indent=1))
                 listed.append(name)
             list_file = root / "splits" / "default" / f"{split}_tasks.txt"
-            list_file.unlink(missing_ok=True)
             if listed:
-                list_file.write_text("\n".join(listed) + "\n", encoding="utf-8")
-        word_tokenizer(["definition", *DEFINITION.split(), BLANK, *LABELS, *WORDS]).save_pretrained(root / "tokenizer")
+                write_whole(list_file, "\n".join(listed) + "\n")
+            else:
+                list_file.unlink(missing_ok=True)
+        (root / "tokenizer").mkdir(exist_ok=True)
+        with TemporaryDirectory() as folder:
+            word_tokenizer(["definition", *DEFINITION.split(), BLANK, *LABELS, *WORDS]).save_pretrained(folder)
+            for path in Path(folder).iterdir():
+                write_whole(root / "tokenizer" / path.name, path.read_bytes())
 
     def _task(self, name: str, label: str, exemplars: int, generator: random.Random) -> dict[str, Any]:
         examples = [{"input": BLANK, "output": BLANK, "explanation": ""} for _ in range(exemplars)]
@@ -163,6 +173,7 @@ class BlankExemplarsDataModule(NaturalInstructionsDataModule):
         super().__init__(
             root,
             tokenizer=str(Path(root) / "tokenizer"),
+            dev_tasks=0,  # all that there are to be are written
             train_prompt=PromptFormat(definition=False, positive_examples=0),
             validation_prompt=PromptFormat(definition=False, positive_examples=1),
             test_prompt=PromptFormat(definition=False, positive_examples=1),

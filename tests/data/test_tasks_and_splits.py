@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from diopt_lightning import ConfigurationError
-from diopt_lightning.data import Example, NaturalInstructionsDataModule
+from diopt_lightning.data import BlankExemplarsDataModule, Example, NaturalInstructionsDataModule
 from diopt_lightning.data.splits import TaskSplits, count_tasks, draw_tasks
 from diopt_lightning.data.tasks import read_task
 from tests.conftest import task_document
@@ -165,3 +167,27 @@ def test_the_manifest_of_written_tasks_is_stable(blank_exemplars, tmp_path):
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     document = json.loads((tmp_path / "a" / "tasks" / "task001_label_train.json").read_text())
     assert sorted(example["output"] == "blank" for example in document["Positive Examples"]) == [False, True, True]
+
+
+def test_written_tasks_are_never_there_in_part_and_left_where_they_are_the_same(blank_exemplars, tmp_path, monkeypatch):
+    def states() -> dict[Path, tuple[int, int]]:
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+    blank_exemplars.write(tmp_path)
+    before = states()
+    blank_exemplars.write(tmp_path)
+    assert states() == before
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("interrupted")))
+    with pytest.raises(OSError, match="interrupted"):
+        replace(blank_exemplars, seed=1).write(tmp_path)
+    assert states() == before
+
+
+def test_an_experiment_without_dev_tasks_has_all_its_train_tasks(blank_exemplars, tmp_path):
+    data = BlankExemplarsDataModule(str(tmp_path), blank_exemplars)
+    data.prepare_data()
+    assert len(data.splits.dev) == 2
+    data = BlankExemplarsDataModule(str(tmp_path), replace(blank_exemplars, dev_tasks=0))
+    data.prepare_data()
+    assert (len(data.splits.train), len(data.splits.dev)) == (4, 0)
