@@ -1,7 +1,23 @@
 """Errors that a user can mend, and the commonest check."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What disks, their limits and their owners say to a file that is written.
+OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 class ConfigurationError(ValueError):
@@ -55,6 +71,13 @@ def users_mistake(*errors: type[Exception], what: str, then: str) -> Iterator[No
         raise
     except errors as error:
         raise ConfigurationError(f"{what} ({one_line(error)}): {then}") from error
+
+
+def error_of_the_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk that is full, read-only or the like, from which an error comes, or ``None``."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in OF_THE_DISK):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def require_at_least(least: int, of: str = "", hint: str = "", **numbers: float | None) -> None:

@@ -1,10 +1,15 @@
 """Which checkpoint a run goes on from."""
 
+import math
 import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.resuming.checkpoint_reading import check_parts, read_checkpoint, refuse_address
+from diopt_lightning.resuming.checkpoint_reading import UNREADABLE, check_parts, read_checkpoint, refuse_address
 from diopt_lightning.resuming.messages import say
 
 SHARDED = "meta.pt"
@@ -41,14 +46,17 @@ def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str
 
 
 def newest_checkpoint(root: Path, training: bool) -> Path | None:
-    """The newest checkpoint below a folder that can be gone on from, or ``None`` if there is none at all.
+    """The checkpoint with most steps of the newest run below a folder, or ``None`` if there is none at all.
+
+    What cannot be gone on from is left out, and that is said. Runs are told apart by their folders, as ``version_3``,
+    whose numbers tell which is newer: a clock may go back. Time decides where folders have no numbers.
 
     Raises:
         ConfigurationError: If there are checkpoints and none of them is of use.
     """
     # Not `last.ckpt` alone: after `kill -9` there may be none, and every run has a folder of its own.
     mistakes = []
-    for path in reversed(checkpoints(root)):
+    for path in best_first(checkpoints(root)):
         try:
             check(path, training)
         except ConfigurationError as error:
@@ -107,7 +115,7 @@ def check(path: Path, training: bool) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """All checkpoints below a folder, the newest last; where times are equal, names decide."""
+    """All checkpoints below a folder, by their time; where times are equal, names decide."""
     found = []
     # Not `rglob`, which fails where a folder vanishes meanwhile.
     for folder, folders, files in os.walk(root):
@@ -116,3 +124,41 @@ def checkpoints(root: Path) -> list[Path]:
             if path.suffix == ".ckpt" and not name.startswith(".") and path.exists():
                 found.append((path.stat().st_mtime, str(path)))
     return [Path(path) for _, path in sorted(found)]
+
+
+def best_first(paths: Sequence[Path]) -> Iterator[Path]:
+    """Checkpoints in the order in which they are tried, given by their time."""
+    runs: dict[Path, list[Path]] = {}
+    latest: dict[tuple[Path, str], int] = {}
+    for time, path in enumerate(paths):
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        runs.setdefault(run, []).append(path)
+        latest[series(run)[0]] = time
+
+    def newness(run: Path) -> tuple[int, int]:
+        name, number = series(run)
+        return latest[name], number
+
+    for run in sorted(runs, key=newness, reverse=True):
+        numbered = series(run)[1] >= 0
+        yield from reversed(sorted(runs[run], key=steps_of) if numbered else runs[run])
+
+
+def series(run: Path) -> tuple[tuple[Path, str], int]:
+    """The runs that a run's folder is numbered among, and its number; -1 where it has none.
+
+    Example:
+        >>> series(Path("logs/version_10"))
+        ((PosixPath('logs'), 'version_'), 10)
+    """
+    found = re.fullmatch(r"(.*?)(\d+)", run.name)
+    return ((run.parent, found[1]), int(found[2])) if found else ((run, ""), -1)
+
+
+def steps_of(path: Path) -> tuple[float, float]:
+    """Steps and batches that a checkpoint was written after; infinite where it cannot be read, which is to be said."""
+    try:
+        content = torch.load(path / SHARDED if path.is_dir() else path, "cpu", mmap=True, weights_only=True)
+        return content["global_step"], content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    except UNREADABLE:
+        return math.inf, math.inf

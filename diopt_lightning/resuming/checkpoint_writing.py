@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from diopt_lightning.errors import TrainingError, error_of_the_disk
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, refuse_address, remote
 
 Place = str | Path
@@ -26,23 +28,35 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Place, storage_options: Any = None) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+            TrainingError: If the disk does not take it.
+        """
         if remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Named after the target: what a killed process leaves of it is written over by the next one.
         aside = target.with_name(f".{target.name}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(target)
-        except BaseException:  # even of an interruption nothing is left
-            aside.unlink(missing_ok=True)
-            raise
+        except BaseException as error:  # even of an interruption nothing is left
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            failed = error_of_the_disk(error)
+            if failed is None:
+                raise
+            raise TrainingError(
+                f"Cannot write the checkpoint {target} ({failed.strerror}); those that were written before are whole: "
+                "make room, or set `trainer.default_root_dir` to another folder, and go on with `--ckpt_path` of one "
+                "of them."
+            ) from error
         flush_names(target.parent)
 
     def load_checkpoint(
