@@ -21,12 +21,13 @@ class Run:
     """A run of ``diopt`` on one or two processes, in a process group of its own.
 
     Args:
-        arguments: Those of the command line.
+        arguments: Those of the command line; ``{rank}`` stands for the number of each process.
         folder: Where what the run says and the numbers of its processes are kept.
         processes: How many.
+        nodes: Whether each process is a node.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, processes: int = 1) -> None:
+    def __init__(self, arguments: Sequence[str], folder: Path, processes: int = 1, nodes: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.said = folder / "said.txt"
         with socket.socket() as free:
@@ -35,7 +36,7 @@ class Run:
         self._places = [folder / f"{rank}.pid" for rank in range(processes)]
         for place in self._places:
             place.unlink(missing_ok=True)
-        self._leader: Any = FORK.Process(target=lead, args=(list(arguments), self.said, self._places, port))
+        self._leader: Any = FORK.Process(target=lead, args=(list(arguments), self.said, self._places, port, nodes))
         self._leader.start()
 
     def wait_until(self, happened: Callable[[], bool], seconds: float = 120.0, pause: float = 0.002) -> bool:
@@ -73,7 +74,7 @@ class Run:
         return code
 
 
-def lead(arguments: list[str], said: Path, places: list[Path], port: int) -> None:
+def lead(arguments: list[str], said: Path, places: list[Path], port: int, nodes: bool) -> None:
     """Start the processes of a run, and end with the status of the first."""
     os.setpgid(0, 0)
     with said.open("ab") as file:
@@ -82,21 +83,27 @@ def lead(arguments: list[str], said: Path, places: list[Path], port: int) -> Non
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(places) == 1:
-        take_part(arguments, 0, places, port)
-    ranks = [FORK.Process(target=take_part, args=(arguments, rank, places, port)) for rank in range(len(places))]
+        take_part(arguments, 0, places, port, nodes)
+    ranks = [FORK.Process(target=take_part, args=(arguments, rank, places, port, nodes)) for rank in range(len(places))]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
-    sys.exit(ranks[0].exitcode)
+    sys.exit(max(process.exitcode or 0 for process in ranks) if nodes else ranks[0].exitcode)
 
 
-def take_part(arguments: list[str], rank: int, places: list[Path], port: int) -> None:
+def take_part(arguments: list[str], rank: int, places: list[Path], port: int, nodes: bool) -> None:
     """Run the command line as one of several processes, as Lightning would have started it."""
     torch.set_num_threads(1)
-    sys.argv = ["diopt", *arguments]
+    sys.argv = ["diopt", *(argument.replace("{rank}", str(rank)) for argument in arguments)]
     if len(places) > 1:
-        found = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": len(places), "MASTER_PORT": port}
+        found = {
+            "LOCAL_RANK": 0 if nodes else rank,
+            "RANK": rank,
+            "NODE_RANK": rank if nodes else 0,
+            "WORLD_SIZE": len(places),
+            "MASTER_PORT": port,
+        }
         os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="localhost")
     places[rank].write_text(str(os.getpid()))
     sys.exit(main())
