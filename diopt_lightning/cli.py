@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diopt_lightning.callbacks import standard_callbacks
 from diopt_lightning.data.files import printable
-from diopt_lightning.errors import TrainingError, one_line
+from diopt_lightning.errors import TrainingError, error_of_the_disk, one_line
 from diopt_lightning.rebuilding import OPTIONS, CheckedCLI, OptionParser, complaint, configuration_error
-from diopt_lightning.resuming import Interrupted, KeptConfig, WholeCheckpoints, find_checkpoint, read_checkpoint
+from diopt_lightning.resuming import (
+    Interrupted,
+    KeptConfig,
+    OneForAll,
+    WholeCheckpoints,
+    find_checkpoint,
+    read_checkpoint,
+    take_a_folder,
+)
 from diopt_lightning.resuming.messages import say
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
@@ -49,28 +58,38 @@ class DioptCLI(CheckedCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make a trainer, whose checkpoints are whole unless a plugin of the user's own writes them."""
+        """Make a trainer, whose checkpoints are whole unless a plugin of the user's own writes them.
+
+        All its processes go on from the same one.
+        """
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
+        trainer._checkpoint_connector = OneForAll(trainer)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it is given; Lightning's own method puts what is in a checkpoint in its place."""
 
     def before_fit(self) -> None:
-        """Put a path in the place of the checkpoint ``last``, and refuse what is none before anything is built."""
+        """Put a path in the place of the checkpoint ``last``, and refuse what is none before anything is built.
+
+        Where there are several processes, the first of them does so, once they know each other.
+        """
         subcommand = str(self.subcommand)
-        options = self.config_init[subcommand]
-        options["ckpt_path"] = find_checkpoint(
-            options["ckpt_path"], Path(self.trainer.default_root_dir), subcommand == "fit"
-        )
+        options, root = self.config_init[subcommand], Path(self.trainer.default_root_dir)
+        if self.trainer.world_size == 1:
+            options["ckpt_path"] = find_checkpoint(options["ckpt_path"], root, subcommand == "fit")
+        elif options["ckpt_path"] is not None:
+            choose = partial(find_checkpoint, options["ckpt_path"], root, subcommand == "fit")
+            self.trainer._checkpoint_connector.choose, options["ckpt_path"] = choose, None  # type: ignore[attr-defined]
+        take_a_folder(self.trainer)
 
     before_validate = before_test = before_predict = before_fit
 
     def after_fit(self) -> None:
         """Say if there was nothing left to do, and run the test tasks if asked for."""
-        given = self.config_init["fit"]["ckpt_path"]
+        given = self.trainer.ckpt_path
         if given and Path(given).is_file() and read_checkpoint(Path(given))["global_step"] == self.trainer.global_step:
             say(
                 f"The run was finished already, at step {self.trainer.global_step}: raise `trainer.max_epochs` or "
@@ -141,10 +160,20 @@ def main(args: Sequence[str] | None = None) -> int:
         print("diopt: error:", printable(str(error), keep="\n"), file=sys.stderr)
         return 1
     except Exception as error:
-        mistake = configuration_error(error) or libraries_complaint(error)
-        if mistake is None:
+        mistake, disk = configuration_error(error), error_of_the_disk(error)
+        if mistake is None and disk is not None:
+            print(
+                printable(
+                    f"diopt: error: Cannot write or read {disk.filename or 'a file'} ({disk.strerror}): make room, or"
+                ),
+                "set `trainer.default_root_dir` and `data.cache_dir` to folders that can be written to.",
+                file=sys.stderr,
+            )
+            return 1
+        said = mistake or libraries_complaint(error)
+        if said is None:
             raise
-        print("diopt: error:", printable(str(mistake), keep="\n"), file=sys.stderr)
+        print("diopt: error:", printable(str(said), keep="\n"), file=sys.stderr)
         return 2
     return 0
 

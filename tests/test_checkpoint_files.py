@@ -2,14 +2,19 @@
 
 import os
 import random
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._pytree import tree_flatten
 
 from diopt_lightning import ConfigurationError
+from diopt_lightning.errors import TrainingError
 from diopt_lightning.instructions import EmbedderDP
+from diopt_lightning.resuming import newest_checkpoint, take_a_folder
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
 from tests.helpers import quiet_trainer
@@ -98,3 +103,47 @@ def test_a_missing_or_foreign_file_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigurationError, match="Cannot read"):
         WholeCheckpoints().load_checkpoint(tmp_path / "class.ckpt")
     assert "of a class" in WholeCheckpoints().load_checkpoint(tmp_path / "class.ckpt", weights_only=False)
+
+
+def test_a_file_that_the_disk_does_not_take_is_said_and_the_old_one_is_left(real, tmp_path):
+    before, names = real.read_bytes(), set(os.listdir(tmp_path))
+    content, limits = read_checkpoint(real), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"Cannot write the checkpoint .*real\.ckpt \(File too large\)"):
+            WholeCheckpoints().save_checkpoint(content, real)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert real.read_bytes() == before
+    assert set(os.listdir(tmp_path)) == names
+    with pytest.raises(TrainingError, match=r"File exists.*`trainer\.default_root_dir`"):
+        WholeCheckpoints().save_checkpoint(content, real / "below a file.ckpt")
+    with pytest.raises(ConfigurationError, match=r"Cannot make the folder .*`trainer\.default_root_dir`"):
+        take_a_folder(quiet_trainer(logger=CSVLogger(str(real))))
+
+
+def test_the_last_checkpoint_has_the_most_steps_of_the_newest_run_whatever_the_clock_says(real, tmp_path):
+    content, logs = read_checkpoint(real), tmp_path / "logs"
+    for age, (place, step) in enumerate(
+        [("version_10", 3), ("version_10", 30), ("version_10", 4), ("version_9", 50), ("version_2", 60)]
+    ):
+        path = logs / place / "checkpoints" / f"{step}.ckpt"
+        WholeCheckpoints().save_checkpoint(content | {"global_step": step}, path)
+        os.utime(path, (age, age))
+    assert newest_checkpoint(logs, training=True) == logs / "version_10" / "checkpoints" / "30.ckpt"
+    (logs / "version_10" / "checkpoints" / "30.ckpt").write_bytes(b"damaged")
+    (logs / "version_11").mkdir()
+    assert newest_checkpoint(logs, training=True) == logs / "version_10" / "checkpoints" / "4.ckpt"
+
+
+@pytest.mark.parametrize("loggers", [[CSVLogger], [TensorBoardLogger], [TensorBoardLogger, CSVLogger]])
+def test_runs_that_begin_at_the_same_moment_have_a_folder_each(loggers, tmp_path):
+    (tmp_path / "lightning_logs" / "version_3").mkdir(parents=True)
+    trainers = [quiet_trainer(logger=[each(str(tmp_path)) for each in loggers]) for _ in range(8)]
+    for trainer in trainers[:4]:
+        take_a_folder(trainer)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(take_a_folder, trainers[4:]))
+    versions = [{logger.version for logger in trainer.loggers} for trainer in trainers]
+    assert sorted(versions, key=str) == sorted(({number} for number in range(4, 12)), key=str)
+    assert {path.name for path in (tmp_path / "lightning_logs").iterdir()} == {f"version_{n}" for n in range(3, 12)}

@@ -5,13 +5,16 @@ from diopt_lightning.resuming.checkpoint_finding import find_checkpoint, newest_
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
 from diopt_lightning.resuming.interruption import Interrupted, Interruption
+from diopt_lightning.resuming.one_checkpoint import OneForAll
 from diopt_lightning.resuming.random_state import RandomState
+from diopt_lightning.resuming.run_folder import take_a_folder
 from diopt_lightning.resuming.unfinished_validation import UnfinishedValidation
 
 __all__ = [
     "Interrupted",
     "Interruption",
     "KeptConfig",
+    "OneForAll",
     "OptimizerOptions",
     "RandomState",
     "UnfinishedValidation",
@@ -19,4 +22,5 @@ __all__ = [
     "find_checkpoint",
     "newest_checkpoint",
     "read_checkpoint",
+    "take_a_folder",
 ]
