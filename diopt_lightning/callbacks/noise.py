@@ -45,7 +45,7 @@ class UniformNoise(pl.Callback):
         )
         for parameter in outer_parameters(pl_module):
             drawn = torch.empty(parameter.shape).uniform_(-self.size, self.size, generator=generator)
-            parameter += drawn.to(parameter)
+            parameter.add_(drawn.to(parameter))
 
 
 def outer_parameters(module: pl.LightningModule) -> list[torch.nn.Parameter]:
