@@ -298,3 +298,35 @@ def test_a_mistake_ends_with_one_line_before_training(tmp_path, capfd, arguments
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("diopt: error:")]
     assert message in line
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+def test_the_options_of_both_levels_and_of_the_test_are_written_in_a_configuration(tmp_path):
+    options = {
+        "model.inner_scheduler": {"class_path": "LinearWithWarmup", "init_args": {"warmup_steps": 1}},
+        "model.outer_scheduler": "diopt_lightning.modules.LinearWithWarmup",
+        "model.inner_groups": [{"vectors": True, "options": {"weight_decay": 0.0}}],
+        "model.outer_groups": [{"names": ["instruction.*"], "options": {"lr": 0.2}}],
+        "model.outer_batches": 2,
+        "model.label_smoothing": 0.1,
+        "model.num_beams": 2,
+        "data.test_prompt": {"plain": {"definition": False, "positive_examples": 0}, "shown": {"positive_examples": 1}},
+        "data.validation_tasks": 2,
+        "data.dev_tasks": 1,
+        "data.batch_size": 8,
+        "trainer.max_steps": 2,
+    }
+    BlankExemplars(train_tasks=4, validation_tasks=2, dev_tasks=2, test_tasks=2, instances=8, labels=4).write(tmp_path)
+    given = [a for a in small_run(tmp_path) if not a.startswith(("--data.", "--trainer.max_epochs"))]
+    given += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    data = ["--data=diopt_lightning.data.NaturalInstructionsDataModule", f"--data.root={tmp_path}"]
+    data += [f"--data.tokenizer={tmp_path}/tokenizer"]
+    assert main(["fit", *given[:2], *data, *given[2:]]) == 0
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"test/plain/rougeL", "test/shown/rougeL", "test/shown/exact_match/category/Label Recall"} <= metrics.keys()
+    (path,) = folder.rglob("*.ckpt")
+    inner, outer = torch.load(path, weights_only=True)["optimizer_states"]
+    assert [group["weight_decay"] for group in inner["param_groups"]] == [0.01, 0.0]
+    assert [group["initial_lr"] for group in outer["param_groups"]] == [0.2]
+    assert [group["lr"] for group in inner["param_groups"] + outer["param_groups"]] == [0.0] * 3  # at the run's end

@@ -61,7 +61,7 @@ class InstructionEvaluation(pl.LightningModule):
         require_at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
         if num_beams > 1 and not backbone.searches_beams:
             raise ConfigurationError(
-                f"`num_beams` is {num_beams}, and {type(backbone).__name__} is greedy: set it to 1."
+                f"`num_beams` must be 1 for {type(backbone).__name__}, got {num_beams}: it is greedy."
             )
         self.num_beams = num_beams
         if not 0 <= label_smoothing < 1:
