@@ -29,6 +29,7 @@ from diopt_lightning.resuming import (
     read_checkpoint,
     take_a_folder,
 )
+from diopt_lightning.resuming.checkpoint_reading import UNREADABLE
 from diopt_lightning.resuming.messages import say
 
 # Beside Lightning's own: the module and the function of each, imported only when it is asked for. The function's
@@ -42,6 +43,11 @@ COMMANDS = {
 HANDING_ON = (__name__, "diopt_lightning.rebuilding")
 LIBRARIES = {"lightning", "lightning_utilities", "torch", "torchmetrics", "transformers", "datasets", "fsspec"}
 LIBRARIES |= sys.stdlib_module_names
+# Where Lightning hands out what a checkpoint holds, which may be a stranger's.
+RESTORING = {
+    ("lightning.pytorch.trainer.connectors.checkpoint_connector", name)
+    for name in ("resume_start", "restore_datamodule", "_restore_modules_and_callbacks", "restore_training_state")
+}
 COMPLAINTS = (MisconfigurationException, ValueError, RuntimeError, OSError, ImportError, ZeroDivisionError)
 
 
@@ -186,7 +192,14 @@ def libraries_complaint(error: Exception) -> str | None:
     code of this package or of the user's own was at work, its author needs the traceback. (Where this package calls
     libraries with what users have given, it says itself what their errors mean.)
     """
-    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_globals.get("__name__", "") for frame in frames]
+    places = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
+    if isinstance(error, UNREADABLE) and RESTORING & places:
+        return (
+            f"The checkpoint does not hold what a run of this configuration has saved ({type(error).__name__}: "
+            f"{one_line(error)}): give another one, or the configuration that it was written with."
+        )
     rooms = [name.partition(".")[0] for name in names]
     handed = max(i for i, name in enumerate(names) if name in HANDING_ON or rooms[i] == "jsonargparse")
     after = rooms[handed + 1 :]

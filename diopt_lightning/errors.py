@@ -70,7 +70,8 @@ def users_mistake(*errors: type[Exception], what: str, then: str) -> Iterator[No
     except (ConfigurationError, TrainingError):
         raise
     except errors as error:
-        raise ConfigurationError(f"{what} ({one_line(error)}): {then}") from error
+        kind = f"{type(error).__name__}: " if isinstance(error, LookupError | AttributeError | TypeError) else ""
+        raise ConfigurationError(f"{what} ({kind}{one_line(error)}): {then}") from error
 
 
 def error_of_the_disk(error: BaseException | None) -> OSError | None:

@@ -15,7 +15,7 @@ from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
 from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
-from diopt_lightning.inspection.report import as_json, in_order
+from diopt_lightning.inspection.report import as_json, check_types, in_order
 from diopt_lightning.inspection.terminal import markdown
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 
@@ -143,8 +143,15 @@ class LearnedInstructions(pl.Callback):
         return {"moments": self.moments, "interval": self.interval}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            TypeError: If it is something else.
+        """
         self.moments, self.interval = list(state_dict["moments"]), state_dict["interval"]
+        learned = self.moments[-1]["learned"] if self.moments else []
+        check_types(Report.of({"tasks": learned, "learned": learned, "history": self.moments}), Report)
+        check_types(self.interval, int)
 
 
 def learns(module: pl.LightningModule) -> TypeGuard[InstructionEvaluation]:

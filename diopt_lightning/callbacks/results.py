@@ -10,7 +10,7 @@ from rich.text import Text
 
 from diopt_lightning.callbacks.figures import draw_losses
 from diopt_lightning.data.files import printable
-from diopt_lightning.inspection.report import as_json
+from diopt_lightning.inspection.report import as_json, check_types
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction, official_line, official_names
 from diopt_lightning.resuming.processes import of_all_processes
@@ -124,6 +124,7 @@ class Results(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.losses = [(step, found) for step, found in state_dict["losses"]]
+        check_types(self.losses, list[tuple[int, dict[str, float]]])
 
 
 def results_folder(trainer: Trainer) -> Path:

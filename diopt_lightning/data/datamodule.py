@@ -203,7 +203,14 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return {level: loader.state_dict() for level, loader in self._train_loaders.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep positions for the loaders of a resumed run."""
+        """Keep positions for the loaders of a resumed run.
+
+        Raises:
+            ConfigurationError: If they are none.
+        """
+        for place in state_dict.values() if isinstance(state_dict, dict) else [None]:
+            if not isinstance(place, dict) or type(place.get("handed_out")) is not int:
+                raise ConfigurationError("The checkpoint does not say where its run was in the data: give another one.")
         if is_fitting(self.trainer):
             self._positions = state_dict
 

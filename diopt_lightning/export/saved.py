@@ -4,19 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from diopt_lightning.backbones.frozen import add_frozen
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, users_mistake
 from diopt_lightning.export.embeddings import instruction_embeddings
+from diopt_lightning.inspection.report import Report, check_types
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.rebuilding import instantiate
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import MISUNDERSTOOD, read_checkpoint, understood
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,26 @@ class SavedRun:
     @property
     def state(self) -> dict[str, Tensor]:
         """The weights: ``backbone.*`` and ``instruction.*``."""
-        return cast(dict[str, Tensor], self.content["state_dict"])
+        state: dict[str, Tensor] = self.content["state_dict"]
+        with understood(self.checkpoint):
+            for name, value in state.items():
+                if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
+                    raise TypeError(f"`{name}` is no tensor")
+        return state
 
     @property
     def instruction(self) -> Mapping[str, Any]:
         """What :meth:`~diopt_lightning.modules.evaluation.InstructionEvaluation.describe_instruction` returned."""
         found = self.content.get("instruction", {})
-        if "form" not in found:
+        if not isinstance(found, dict) or "form" not in found:
             raise ConfigurationError(
                 f"The checkpoint {self.checkpoint} has no learned instruction, as its run trained without one: export "
                 "the model instead (`format: model`), or give another checkpoint."
             )
-        return cast(Mapping[str, Any], found)
+        with understood(self.checkpoint):
+            check_types(Report.of(found), Report)
+            check_types(found["tasks"], list[str])
+        return found
 
     @property
     def learned(self) -> list[Description]:
@@ -109,25 +118,23 @@ class SavedRun:
             prefix: What the names of its weights begin with in the checkpoint.
         """
         module, _ = self.modules
-        whole = dict(self.content)
-        add_frozen(module.backbone, whole)
+        whole = self.content | {"state_dict": self.state}
+        with understood(self.checkpoint):
+            add_frozen(module.backbone, whole)
         weights = {
             name.removeprefix(prefix): value for name, value in whole["state_dict"].items() if name.startswith(prefix)
         }
-        try:
+        advice = "give the `config.yaml` of the same run as `config`, and the data that it was trained on as `data`."
+        what = f"The weights in {self.checkpoint} do not fit the configuration"
+        with users_mistake(*MISUNDERSTOOD, what=what, then=advice):
             part.load_state_dict(weights)
-        except RuntimeError as error:
-            found = " ".join(str(error).split())
-            raise ConfigurationError(
-                f"The weights in {self.checkpoint} do not fit the configuration ({found[:200]}): give the "
-                "`config.yaml` of the same run as `config`, and the data that it was trained on as `data`."
-            ) from error
 
     def embeddings(self) -> dict[str, Tensor]:
         """The instruction of each task ``(length, dim)``."""
-        weight = self.state.get(self.content.get("task_embeddings", ""))
+        weight = self.state.get(str(self.content.get("task_embeddings")))
         if weight is not None:  # the instruction said that it is its embeddings as they are
-            return dict(zip(self.instruction["tasks"], weight, strict=True))
+            with understood(self.checkpoint):
+                return dict(zip(self.instruction["tasks"], weight, strict=True))
         module, data = self.modules
         names = [task.name for task in data.split_tasks("train")]
         if names != self.instruction["tasks"]:

@@ -1,15 +1,18 @@
 """``diopt instructions``."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, users_mistake
 from diopt_lightning.inspection.page import page
 from diopt_lightning.inspection.picture import picture
 from diopt_lightning.inspection.report import Report, as_json, load, select
 from diopt_lightning.inspection.terminal import show
+from diopt_lightning.resuming.checkpoint_reading import understood
 
 
 def instructions(
@@ -35,10 +38,13 @@ def instructions(
     if tasks is not None:
         data = select(data, tasks)
     report = Report.of(data)
-    if json is not None and str(json) == "-":
-        sys.stdout.write(as_json(data))
-    elif json is not None:
-        write(json, as_json(data))
+    if json is not None:
+        with understood(checkpoint):
+            plain = as_json(data)
+        if str(json) == "-":
+            sys.stdout.write(plain)
+        else:
+            write(json, plain)
     if html is not None:
         write(html, page(report))
     if png is not None:
@@ -48,25 +54,28 @@ def instructions(
                 f"There is nothing to draw in {checkpoint}: its instructions depend on the instance, or the run had no "
                 "callback `LearnedInstructions`."
             )
-        reachable(png)
-        figure.savefig(png, format="png")
+        with writing(png):
+            figure.savefig(png, format="png")
     if json is html is png is None:
         show(report, Console())
 
 
 def write(path: Path, text: str) -> None:
     """Write a text file."""
-    reachable(path)
-    path.write_text(text, encoding="utf-8")
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
-def reachable(path: Path) -> None:
-    """Check that a file can be written into its folder.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where a file is written that was asked for.
 
     Raises:
-        ConfigurationError: If there is no such folder, or the path is itself one.
+        ConfigurationError: If there is no such folder, or the path is itself one, or nothing can be written there.
     """
     if not path.parent.is_dir():
         raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} to: make it first.")
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder: give the name of a file.")
+    with users_mistake(OSError, what=f"Cannot write {path}", then="give another file."):
+        yield

@@ -17,15 +17,16 @@ may anything that a form of instruction does not say of a task.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from diopt_lightning.data.files import printable
 from diopt_lightning.data.tasks import matching_tasks
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, one_line
 from diopt_lightning.instructions.description import ChosenExemplar, Description
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, understood
 
 MEASURES = {"mean_cosine_distance": "mean pairwise cosine distance", "effective_rank": "effective rank"}
 
@@ -113,7 +114,9 @@ class Report:
                 task_report(str(data["tasks"][row]), learned, [(step, then[row]) for step, then in past])
                 for row, learned in enumerate(descriptions(data, form))
             ],
-            diversity=[(step, numbers["learned"], numbers["human"]) for step, numbers in measured],
+            diversity=[
+                (step, *({m: n[of][m] for m in MEASURES} for of in ("learned", "human"))) for step, n in measured
+            ],
             points=[
                 ((one[0], one[1]), (other[0], other[1]))
                 for one, other in zip(plane["learned"], plane["human"], strict=True)
@@ -179,7 +182,44 @@ def load(path: Path) -> dict[str, Any]:
     data: dict[str, Any] = checkpoint["instruction"]
     if "learned" not in data:
         raise ConfigurationError(f"{path} does not say what was learned: it is from another version of this package.")
-    return in_order({"step": checkpoint.get("global_step")} | data)
+    data = in_order({"step": checkpoint.get("global_step")} | data)
+    with understood(path):
+        check_types(Report.of(data), Report)
+    return data
+
+
+def check_types(value: Any, kind: Any) -> None:
+    """Check that a value, and all in it, are of the types that are declared.
+
+    Raises:
+        TypeError: If one is not.
+
+    Example:
+        >>> check_types(Choice(1, 0.5, "text", [(0, 1, None)]), Choice)
+        Traceback (most recent call last):
+        ...
+        TypeError: None where a float belongs
+    """
+    inner = get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        parts = [(getattr(value, name), hint) for name, hint in hints.items()]
+    elif isinstance(kind, UnionType):
+        if value is None:
+            return
+        parts = [(value, inner[0])]
+    elif get_origin(kind) is list and isinstance(value, list):
+        parts = [(each, inner[0]) for each in value]
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        parts = [(each, inner[1]) for each in value.values()]
+    elif get_origin(kind) is tuple and isinstance(value, tuple):
+        parts = list(zip(value, inner, strict=True))
+    elif isinstance(value, int | float if kind is float else get_origin(kind) or kind):
+        return
+    else:
+        raise TypeError(f"{one_line(value, 40)} where a {getattr(kind, '__name__', kind)} belongs")
+    for part, hint in parts:
+        check_types(part, hint)
 
 
 def in_order(data: dict[str, Any]) -> dict[str, Any]:

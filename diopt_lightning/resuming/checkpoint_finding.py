@@ -5,14 +5,24 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from diopt_lightning.data.files import quoted
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.resuming.checkpoint_reading import UNREADABLE, check_parts, read_checkpoint, refuse_address
+from diopt_lightning.resuming.checkpoint_reading import (
+    UNREADABLE,
+    check_parts,
+    read_checkpoint,
+    refuse_address,
+    understood,
+)
 from diopt_lightning.resuming.messages import say
 
 SHARDED = "meta.pt"
+COUNTERS = {"epoch", "global_step", "ready", "started", "processed", "completed", "_batches_that_stepped"}
+COUNTERS |= {"inner_batches_seen", "inner_steps_taken", "outer_steps_taken"}
 
 
 def find_checkpoint(given: str | Path | None, root: Path, training: bool) -> str | None:
@@ -107,11 +117,26 @@ def check(path: Path, training: bool) -> None:
         check_parts(path)
     if not {"pytorch-lightning_version", "loops", *(() if sharded else ("state_dict",))} <= content.keys():
         raise ConfigurationError(f"{path} is not a checkpoint of a run: give a `.ckpt` file that a run has saved.")
-    if training and not sharded and "optimizer_states" not in content:
+    with understood(path):
+        for part in ("epoch", "global_step", "loops", "bilevel"):
+            check_counters(part, content.get(part, 0))
+    if training and not sharded and not content.get("optimizer_states"):
         raise ConfigurationError(
             f"{path} has weights alone, from which training cannot go on: give a checkpoint that was saved with "
             "`save_weights_only: false`."
         )
+
+
+def check_counters(name: str, value: Any) -> None:
+    """Check that what counts something is a number, in parts of a checkpoint that nobody else looks through.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if name in COUNTERS and not (type(value) is int and value >= 0):
+        raise TypeError(f"`{name}` is {quoted(value)} and no number")
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        check_counters(str(key), entry)
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -5,17 +5,19 @@ import pickle
 import struct
 import zipfile
 import zlib
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diopt_lightning.errors import ConfigurationError, one_line
+from diopt_lightning.errors import ConfigurationError, one_line, users_mistake
 
 # What damaged files make of readers that expect sound ones. (NotImplementedError is a RuntimeError.)
 DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, MemoryError)
-UNREADABLE = (*DAMAGED, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+MISUNDERSTOOD = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+UNREADABLE = (*DAMAGED, *MISUNDERSTOOD)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, **options: Any) -> dict[str, Any]:
@@ -61,6 +63,16 @@ def check_sums(path: Path, size: int, modified: int) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"it is damaged: the checksum of its part {damaged} is another")
+
+
+def understood(path: Path) -> AbstractContextManager[None]:
+    """Where what a checkpoint says is put to use: whatever is raised then is about the file, which may be a stranger's.
+
+    Raises:
+        ConfigurationError: If it says something else than a run has saved.
+    """
+    what = f"{path} does not say what a run of this configuration has saved"
+    return users_mistake(*MISUNDERSTOOD, what=what, then="give another checkpoint, or the configuration of its run.")
 
 
 def remote(path: str | Path) -> bool:
