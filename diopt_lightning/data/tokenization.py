@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diopt_lightning.data.files import load_pretrained
@@ -14,7 +16,7 @@ from diopt_lightning.data.long_texts import shortened
 from diopt_lightning.data.prompts import PromptFormat, render
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.data.text_format import TextFormat
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, one_line, users_mistake
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,8 +110,52 @@ def tokenize(
         nothing but words that the tokenizer does not know) and ``dropped_examples`` (counts).
 
     Raises:
-        ConfigurationError: If a text cannot be tokenized; the message names its task.
+        ConfigurationError: If a text cannot be tokenized; the message names its task. Or if the cache cannot be
+            written; one that cannot be read is built again.
     """
+    from datasets import config
+    from datasets.exceptions import DatasetGenerationError
+
+    folder = cache_dir if cache_dir is not None else Path(config.HF_DATASETS_CACHE)
+    place = folder / "generator" / f"default-fingerprint={fingerprint(tasks, tokenizer, options)}"
+    number = sum(len(instances) for _, _, instances in tasks)
+    advice = "set `data.cache_dir` to a folder that can be written to."
+    with users_mistake(OSError, what=f"Cannot keep the token cache in {folder}", then=advice):
+        try:
+            return check_rows(from_generator(tasks, tokenizer, options, cache_dir), number)
+        except (ConfigurationError, DatasetGenerationError) as error:  # while rows were made
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from error
+            raise
+        except Exception as error:  # what it is depends on where a file is broken
+            if not place.exists():
+                raise
+            rank_zero_warn(f"The token cache {place} cannot be read ({one_line(error, 150)}): it is built again.")
+            shutil.rmtree(place)
+            return check_rows(from_generator(tasks, tokenizer, options, cache_dir), number)
+
+
+def check_rows(rows: "Dataset", number: int) -> "Dataset":
+    """Check that a data set is whole, and return it.
+
+    Raises:
+        ValueError: If it has other rows, or what says where they are is damaged.
+    """
+    if rows.data.schema.types != rows.features.arrow_schema.types or "input_ids" not in rows.column_names:
+        raise ValueError("it has other columns")
+    if len(rows) != number:
+        raise ValueError(f"{len(rows)} rows of {number}")
+    rows.data.validate(full=True)
+    return rows
+
+
+def from_generator(
+    tasks: Sequence[tuple[int, Task, Sequence[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: SourceTarget,
+    cache_dir: Path | None,
+) -> "Dataset":
+    """Tokenize, or read what is in the cache; see :func:`tokenize`."""
     # Imported here, so that the engine and the modules need no `datasets`.
     from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
