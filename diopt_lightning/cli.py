@@ -168,11 +168,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         mistake, disk = configuration_error(error), error_of_the_disk(error)
         if mistake is None and disk is not None:
+            place = printable(f"{disk.filename or 'a file'} ({disk.strerror})")
             print(
-                printable(
-                    f"diopt: error: Cannot write or read {disk.filename or 'a file'} ({disk.strerror}): make room, or"
-                ),
-                "set `trainer.default_root_dir` and `data.cache_dir` to folders that can be written to.",
+                f"diopt: error: Cannot write or read {place}: make room, or set `trainer.default_root_dir` and "
+                "`data.cache_dir` to folders that can be written to.",
                 file=sys.stderr,
             )
             return 1

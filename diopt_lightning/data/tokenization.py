@@ -269,4 +269,4 @@ def _rows(
 
 def _is_unknown(tokenizer: PreTrainedTokenizerBase, target: list[int]) -> bool:
     """Whether a target has unknown tokens and says nothing besides them: no output can be told from another."""
-    return tokenizer.unk_token_id in target and not tokenizer.decode(target, skip_special_tokens=True).strip()
+    return tokenizer.unk_token_id in target and not str(tokenizer.decode(target, skip_special_tokens=True)).strip()
