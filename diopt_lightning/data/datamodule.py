@@ -16,8 +16,8 @@ from diopt_lightning.data.outer_batches import JoinedBatches, SplitCollator, out
 from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
 from diopt_lightning.data.reading import reading_of
 from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler, longest_batch
-from diopt_lightning.data.splits import TaskSplits, drawn_splits, read_split_lists
-from diopt_lightning.data.tasks import Task, choose_instances, read_tasks
+from diopt_lightning.data.splits import TaskSplits, read_data
+from diopt_lightning.data.tasks import Task, choose_instances
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, summary, tokenize
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError, require_at_least
@@ -237,17 +237,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     @cached_property
     def _read(self) -> tuple[dict[str, Task], TaskSplits]:
         """All tasks by name, and which set each is in."""
-        if not self.root.is_dir():
-            raise ConfigurationError(
-                f"There is no folder {self.root}: set `data.root` to the folder that holds `tasks/` and `splits/`."
-            )
-        lists = read_split_lists(self.root / "splits" / self.split, self.root)
-        # The lists are checked against each other before anything is drawn, and before files are read.
-        TaskSplits(lists["train"], lists.get("validation", ()), lists.get("dev", ()), lists["test"])
-        tasks = read_tasks(self.root, [name for names in lists.values() for name in names])
-        categories = {name: task.category for name, task in tasks.items()}
         wanted = {"validation": self.validation_tasks, "dev": self.dev_tasks}
-        return tasks, drawn_splits(lists, categories, wanted, self.split_seed, self.whole_categories)
+        return read_data(self.root, self.split, wanted, self.split_seed, self.whole_categories)
 
     def _tokenize(self, split: str) -> "Dataset":
         tasks, module = self.tasks, self.trainer.lightning_module if self.trainer is not None else None
@@ -268,13 +259,10 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return tokenize(chosen, self.tokenizer, options, self.cache_dir)
 
     def _train_loader(self, split: str, size: int, num_batches: int | None, together: int = 1) -> ResumableDataLoader:
-        rows, (replicas, rank) = self._rows[split], processes_of(self.trainer)
-        arguments = rows["length"][:], size, self.seed, num_batches, replicas, rank
-        sampler = JoinedBatches(together, *arguments) if together > 1 else TrainSampler(*arguments)
-        wanted = getattr(self.trainer, "overfit_batches", 0)
-        if wanted:
-            sampler.repeated = together * (wanted if isinstance(wanted, int) else int(wanted * len(sampler)))
-        pad = self.tokenizer.pad_token_id
+        rows, pad = self._rows[split], self.tokenizer.pad_token_id
+        stream = rows["length"][:], size, self.seed, num_batches, *processes_of(self.trainer)
+        sampler = JoinedBatches(together, *stream) if together > 1 else TrainSampler(*stream)
+        sampler.repeat(getattr(self.trainer, "overfit_batches", 0))
         collator = SplitCollator(together, pad) if together > 1 else Collator(pad)
         return ResumableDataLoader(TokenRows(rows), sampler, collator, self.num_workers, self.pin_memory)
 

@@ -26,6 +26,11 @@ class JoinedBatches(TrainSampler):
         super().__init__(*arguments, **options)
         self.together = together
 
+    def repeat(self, wanted: float) -> None:
+        """Repeat the batches of so many of the first steps; see :class:`~diopt_lightning.data.sampling.TrainSampler`."""
+        super().repeat(wanted)
+        self.repeated *= self.together
+
     def batch(self, step: int) -> list[Draw]:
         """The batches of this process at a step."""
         first = step * self.together

@@ -69,6 +69,10 @@ class TrainSampler(DistributedSampler[list[Draw]], SequentialSampler):
         self.num_batches = num_batches if num_batches is not None else self.pass_length
         self._order: tuple[int, list[list[int]]] | None = None
 
+    def repeat(self, wanted: float) -> None:
+        """Repeat so many of the first batches forever, or such a share of an epoch's; 0 for none."""
+        self.repeated = wanted if isinstance(wanted, int) else int(wanted * len(self))
+
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         for step in count(self.start):
             yield self.batch(step)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diopt_lightning.data.files import quoted, read_bytes
+from diopt_lightning.data.tasks import Task, read_tasks
 from diopt_lightning.errors import ConfigurationError
 
 # In bytes; of all common file systems.
@@ -113,6 +114,26 @@ def read_split_lists(folder: Path, root: Path | None = None) -> dict[str, tuple[
         if os.path.lexists(path):
             lists[split] = read_split_list(path, root)
     return lists
+
+
+def read_data(
+    root: Path, split: str, wanted: Mapping[str, float], seed: int, whole_categories: bool
+) -> tuple[dict[str, Task], TaskSplits]:
+    """Read all tasks of a folder in the official layout, by name, and which set each is in; see :func:`drawn_splits`.
+
+    Raises:
+        ConfigurationError: If the folder, a list or a task is missing or wrong.
+    """
+    if not root.is_dir():
+        raise ConfigurationError(
+            f"There is no folder {root}: set `data.root` to the folder that holds `tasks/` and `splits/`."
+        )
+    lists = read_split_lists(root / "splits" / split, root)
+    # The lists are checked against each other before anything is drawn, and before files are read.
+    TaskSplits(lists["train"], lists.get("validation", ()), lists.get("dev", ()), lists["test"])
+    tasks = read_tasks(root, [name for names in lists.values() for name in names])
+    categories = {name: task.category for name, task in tasks.items()}
+    return tasks, drawn_splits(lists, categories, wanted, seed, whole_categories)
 
 
 def drawn_splits(
