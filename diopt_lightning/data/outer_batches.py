@@ -27,7 +27,7 @@ class JoinedBatches(TrainSampler):
         self.together = together
 
     def repeat(self, wanted: float) -> None:
-        """Repeat the batches of so many of the first steps; see :class:`~diopt_lightning.data.sampling.TrainSampler`."""
+        """Repeat the batches of the first steps; see :class:`~diopt_lightning.data.sampling.TrainSampler`."""
         super().repeat(wanted)
         self.repeated *= self.together
 
