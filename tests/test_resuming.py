@@ -183,6 +183,18 @@ def test_all_that_a_resumed_run_saves_is_what_the_whole_run_saved(name, places, 
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
+def test_a_run_that_has_lost_count_of_its_epochs_finds_it_again(tmp_path):
+    whole = fit(MODULES["one_by_one"], EveryBatch(tmp_path))
+    content = read_checkpoint(tmp_path / "7.ckpt")
+    for counts in content["loops"]["fit_loop"]["epoch_progress"].values():  # as Lightning leaves them when it resumes
+        counts.update(ready=1, started=1)
+    torch.save(content, tmp_path / "lost.ckpt")
+    resumed = fit(MODULES["one_by_one"], UnfinishedValidation(), ckpt_path=tmp_path / "lost.ckpt", weights_only=True)
+    assert resumed.inner_steps_taken == whole.inner_steps_taken
+    assert_same(resumed.state_dict(), whole.state_dict(), "lost")
+
+
+@pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 def test_a_round_that_was_dealt_to_other_processes_is_refused_and_what_works_is_said(tmp_path):
     fit(MODULES["one_by_one"], EveryBatch(tmp_path), trainer={"max_epochs": 1})
     for number in range(3, 6):  # of a round of three steps, whose last two pairs are used again

@@ -26,25 +26,28 @@ def put_in_place(trainer: Trainer, saved: dict[str, Any]) -> None:
     begun, done = epochs["total"]["ready"], batches["current"]["processed"]
     if batches["current"]["ready"] != done or (begun > 0) != (done > 0):
         return  # in the middle of a step, or before the first: Lightning's business
-    epoch_had_ended = epochs["total"]["processed"] == begun
     in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
+    if in_batch_end:  # of a run that was resumed by Lightning alone
+        begun = max(begun, epochs["total"]["processed"] + 1)
+    epoch_had_ended = epochs["total"]["processed"] == begun
     validation: Any = loop.val_loop.batch_progress.total
+    counts: Any = loop.batch_progress.total
     validation.ready = validation.started = validation.completed  # the one batch more by which it is begun again
 
-    count_epochs(trainer, epochs, ended=False)
+    count_epochs(trainer, begun, ended=False)
     due = fit._data_fetcher is not None and loop._should_check_val_fx(fit._data_fetcher)
     last = batches["is_last_batch"] or done >= trainer.num_training_batches
     if begun == 0 or (last and (epoch_had_ended or in_batch_end or not due)):
-        count_epochs(trainer, epochs, ended=True)
+        count_epochs(trainer, begun, ended=True)
         loop._batches_that_stepped += in_batch_end
-        loop.batch_progress.total.completed = loop.batch_progress.total.processed
+        counts.completed = counts.processed
         load_loaders(fit)
         fit._restarting, fit._restart_stage = False, RestartStage.NONE
         loop.restarting = False
         loop.reset_restart_stage()
         return
-    if epoch_had_ended:  # at `max_steps`, in the middle of an epoch, with which the run goes on
-        loop._batches_that_stepped -= due
+    loop._batches_that_stepped -= epoch_had_ended and due  # at `max_steps`, in the middle of an epoch
+    if not fit.restarting:
         load_loaders(fit)
         fit.restarting = True
         loop.update_restart_stage()
@@ -59,10 +62,8 @@ def load_loaders(fit: _FitLoop) -> None:
         iter(fit._data_fetcher)
 
 
-def count_epochs(trainer: Trainer, epochs: dict[str, Any], ended: bool) -> None:
+def count_epochs(trainer: Trainer, begun: int, ended: bool) -> None:
     """Count all epochs that have begun as done, but the last one if it has not ended."""
-    for name, counts in epochs.items():
-        begun = counts["ready"]
-        done = begun if ended else max(0, begun - 1)
-        part = getattr(trainer.fit_loop.epoch_progress, name)
-        part.load_state_dict({"ready": begun, "started": begun, "processed": done, "completed": done})
+    done = begun if ended else max(0, begun - 1)
+    for counts in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        counts.load_state_dict({"ready": begun, "started": begun, "processed": done, "completed": done})
