@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
 from diopt_lightning.callbacks.results import results_folder
+from diopt_lightning.data.files import write_whole
 from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
@@ -77,9 +78,9 @@ class LearnedInstructions(pl.Callback):
         data = in_order(pl_module.describe_instruction() | self.report(trainer, pl_module))
         if not trainer.is_global_zero:
             return
-        (folder / "instructions.json").write_text(as_json(data), encoding="utf-8")
+        write_whole(folder / "instructions.json", as_json(data))
         report = Report.of(data)
-        (folder / "instructions.html").write_text(page(report), encoding="utf-8")
+        write_whole(folder / "instructions.html", page(report))
         figure = picture(report)
         if figure is not None:
             canvas = FigureCanvasAgg(figure)

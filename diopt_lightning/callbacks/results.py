@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diopt_lightning.callbacks.figures import draw_losses
-from diopt_lightning.data.files import printable
+from diopt_lightning.data.files import printable, write_whole
 from diopt_lightning.inspection.report import as_json, check_types
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction, official_line, official_names
@@ -51,7 +51,7 @@ class Results(Callback):
         lines = ["step," + ",".join(LOSSES)]
         for step, found in self.losses:
             lines.append(f"{step}," + ",".join(str(found.get(name, "")) for name in LOSSES))
-        (folder / "losses.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(folder / "losses.csv", "\n".join(lines) + "\n")
         draw_losses(self.losses, LOSSES, folder / "losses.png")
         rows = {}
         for name in LOSSES:
@@ -89,8 +89,9 @@ class Results(Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         scores = pl_module.scores["test"]
         details = {f"test/{name}": value for name, value in scores.items() if not name.endswith("/all")}
-        official = {**official_names(scores), "gen_len": metrics["test/gen_len"]}
-        (folder / "metrics.json").write_text(as_json({**metrics, **details, **official}), encoding="utf-8")
+        # The official evaluation has no names for several prompts.
+        one = {**official_names(scores), "gen_len": metrics["test/gen_len"]} if "test/gen_len" in metrics else {}
+        write_whole(folder / "metrics.json", as_json({**metrics, **details, **one}))
         self._show(f"{number:,} test instances", {k: f"{v:.3f}" for k, v in sorted(metrics.items())}, folder)
 
     def _write_predictions(self, trainer: Trainer, folder: Path) -> int:
