@@ -1,11 +1,13 @@
 """The alternation: against a loop written by hand, counted, interrupted, and on two processes."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from diopt_lightning.bilevel import (
     Nystrom,
     Penalty,
     Unrolled,
+    second_order,
 )
 from diopt_lightning.callbacks import Results
 from tests.estimators import Claim, claiming
@@ -460,3 +463,59 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def test_what_a_level_cannot_be_trained_with_is_named(change, message):
     with pytest.raises(ConfigurationError, match=message):
         quiet_trainer(max_steps=2).fit(bringing(**change), loaders())
+
+
+class OwnProduct(HypergradientEstimator):
+    """Differentiates the gradient as a user would write it."""
+
+    def __init__(self, attentive: bool) -> None:
+        self.attentive = attentive
+
+    def __call__(self, problem: BilevelProblem) -> Hypergradient:
+        with second_order() if self.attentive else nullcontext():
+            (loss, _), *_ = problem.inner_parts()
+            value = loss()
+            gradient = torch.autograd.grad(value, problem.inner_parameters, create_graph=True)
+            product = torch.autograd.grad(sum(g.sum() for g in gradient), problem.outer_parameters)
+        return Hypergradient(list(product), value.detach(), value.detach())
+
+
+class Attentive(HyperCleaning):
+    """A module whose attention runs in PyTorch's fused kernel."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.attention = nn.Linear(4, 4).double()
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        x, y, index = batch
+        hidden = self.attention(x)[None, None]
+        found = F.scaled_dot_product_attention(hidden, hidden, hidden)[0, 0]
+        return super().inner_loss([found, y, index])
+
+
+def test_an_own_second_derivative_through_fused_attention_names_what_allows_it():
+    with pytest.raises(ConfigurationError, match=r"OwnProduct needs second derivatives, and attention runs in a fused"):
+        quiet_trainer(max_steps=1).fit(Attentive(hypergradient=OwnProduct(attentive=False)), loaders())
+    module = Attentive(hypergradient=OwnProduct(attentive=True))
+    quiet_trainer(max_steps=1).fit(module, loaders())
+    assert module.weights.abs().sum() > 0
+
+
+def test_under_fabric_a_training_step_says_what_works_and_that_does():
+    module, fabric = HyperCleaning(), Fabric(accelerator="cpu", devices=1)
+    expected = copy.deepcopy(module)
+    inner, outer = (configured["optimizer"] for configured in module.configure_optimizers())
+    module, inner, outer = fabric.setup(module, inner, outer)
+    batches = [next(iter(loader)) for loader in loaders().values()]
+    with pytest.raises(ConfigurationError, match=r"needs a `Trainer`.*`estimate_hypergradient\(inner_batch"):
+        module.training_step(dict(zip(("inner", "outer"), batches, strict=True)), 0)
+    module.mark_forward_method("inner_loss")
+    fabric.backward(module.inner_loss(batches[0]))
+    torch.nn.utils.clip_grad_norm_(module.model.parameters(), 1.0)
+    inner.step()
+    (module.weights.grad,) = module.estimate_hypergradient(*batches).gradient
+    torch.nn.utils.clip_grad_norm_([module.weights], 1.0)
+    outer.step()
+    quiet_trainer(max_steps=1).fit(expected, loaders())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))

@@ -22,7 +22,7 @@ from diopt_lightning.bilevel.products.double_backward import DoubleBackward
 from diopt_lightning.bilevel.products.finite_difference import FiniteDifference
 from diopt_lightning.bilevel.products.gauss_newton import GaussNewton
 from diopt_lightning.bilevel.products.reverse_over_forward import ReverseOverForward
-from diopt_lightning.bilevel.products.second_order import needs_second_derivatives
+from diopt_lightning.bilevel.products.second_order import needs_second_derivatives, second_order
 from diopt_lightning.bilevel.warning import ConvergenceWarning
 
 __all__ = [
@@ -56,4 +56,5 @@ __all__ = [
     "checkpoint_activations",
     "mean_hypergradient",
     "needs_second_derivatives",
+    "second_order",
 ]

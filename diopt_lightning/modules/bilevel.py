@@ -16,6 +16,7 @@ from diopt_lightning.modules.one_run import OneRun
 from diopt_lightning.modules.pairs import batch_of_each_level, check_pairs
 from diopt_lightning.modules.parameter_groups import ParameterGroup
 from diopt_lightning.modules.parameters import once
+from diopt_lightning.modules.strategies import refuse_fabric
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
 
 
@@ -134,7 +135,11 @@ class BilevelModule(OneRun):
 
         Returns:
             The ``inner_loss`` and, after an outer step, the ``outer_loss``, for callbacks.
+
+        Raises:
+            ConfigurationError: If the batch is not one of each level, or this runs under Fabric.
         """
+        refuse_fabric(self)
         inner_batch, outer_batch = batch_of_each_level(batch, self.outer_batches)
         recorded = self._round.restore(inner_batch, outer_batch, self.device)
         if recorded is not None:

@@ -1,6 +1,6 @@
 """Which of Lightning's strategies can carry a bilevel problem, and with what."""
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh
@@ -98,6 +98,21 @@ def refuse_trainers_own(trainer: Trainer) -> None:
                 f"`trainer.{option}` is {given}, and a bilevel run has two levels: set `model.inner_{own}` (which "
                 f"`InstructionTuning` has too) and `model.outer_{own}`, and leave the trainer's out."
             )
+
+
+def refuse_fabric(module: LightningModule) -> None:
+    """Refuse a training step under Fabric, which has no trainer to take it with.
+
+    Raises:
+        ConfigurationError: If Fabric has the module.
+    """
+    if module._fabric is not None:
+        raise ConfigurationError(
+            f"`training_step` of {type(module).__name__} takes whole steps and needs a `Trainer`. Under Fabric take the "
+            "steps yourself, with the optimizers that `configure_optimizers` makes: `fabric.backward` of "
+            "`inner_loss(batch)` for the inner one, and the `gradient` of `estimate_hypergradient(inner_batch, "
+            "outer_batch)` as `.grad` of the `outer_parameters()` for the outer one."
+        )
 
 
 def named(estimator: HypergradientEstimator) -> str:

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from diopt_lightning.bilevel import BilevelProblem, DoubleBackward, HypergradientEstimator, MicroBatches
-from diopt_lightning.bilevel.estimators.spectrum import extreme_eigenvalues
+from diopt_lightning.bilevel.estimators.spectrum import ritz_values
 
 Kind = Literal["t5", "llama"]
 
@@ -314,7 +314,7 @@ def observe(problem: BilevelProblem, observers: Sequence[HypergradientEstimator]
 def largest_eigenvalue(problem: BilevelProblem, products: int = 40) -> float:
     """Return the largest eigenvalue of the inner Hessian, by more products than an estimator would spend on it."""
     with DoubleBackward().linearize(problem) as linearization:
-        return extreme_eigenvalues(linearization, linearization.gradient(), products)[1]
+        return ritz_values(linearization, linearization.gradient(), products)[-1].value
 
 
 class WeightedRegression:

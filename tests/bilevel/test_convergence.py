@@ -18,7 +18,7 @@ from diopt_lightning.bilevel import (
     Penalty,
     Spectrum,
 )
-from diopt_lightning.bilevel.estimators.spectrum import extreme_eigenvalues
+from diopt_lightning.bilevel.estimators.spectrum import ritz_values
 from tests.bilevel.problems import Quadratic, randn, relative_error
 from tests.tolerances import Error
 
@@ -46,11 +46,15 @@ def test_lanczos_finds_both_ends_of_the_spectrum_from_inside():
     problem, _ = indefinite([-2.0, 0.5, 1.0, 2.0, 5.0])
     with DoubleBackward().linearize(problem) as linearization:
         start = [randn(5, seed=5)]
-        few = extreme_eigenvalues(linearization, start, products=2)
-        many = extreme_eigenvalues(linearization, start, products=50)
-        assert -2 <= few[0] < few[1] <= 5
-        assert many == pytest.approx((-2.0, 5.0), rel=1e-9)
-        assert extreme_eigenvalues(linearization, [torch.zeros(5).double()], products=3) == (0.0, 0.0)
+        few = ritz_values(linearization, start, products=2)
+        many = ritz_values(linearization, start, products=50)
+        assert -2 <= few[0].value < few[1].value <= 5
+        assert [each.value for each in many] == pytest.approx([-2.0, 0.5, 1.0, 2.0, 5.0], rel=1e-9)
+        assert [each.share for each in many] == pytest.approx((start[0].square() / start[0].square().sum()).tolist())
+        assert all(each.error < 1e-5 for each in many)
+        for value, error, _ in few:
+            assert min(abs(value - other) for other in (-2.0, 0.5, 1.0, 2.0, 5.0)) <= error
+        assert ritz_values(linearization, [torch.zeros(5).double()], products=3) == [(0.0, 0.0, 1.0)]
 
 
 def test_statistics_say_what_was_met():

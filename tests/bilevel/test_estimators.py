@@ -81,7 +81,7 @@ def neumann_sum(case: Case, estimator: Neumann) -> Tensor:
 
 def chebyshev_polynomial(case: Case, estimator: Chebyshev) -> Tensor:
     upper = estimator.spectrum.largest + estimator.damping
-    lower = upper / condition(estimator.products, estimator.accuracy)
+    lower = estimator.lower_end(estimator.products, upper, estimator.damping)
     values, vectors = torch.linalg.eigh(case.hessian)
     values = values + estimator.damping
 
@@ -287,3 +287,50 @@ def test_the_interval_of_chebyshev_leaves_the_residual_that_was_asked_for():
         ratio = condition(products, accuracy)
         argument = (ratio + 1) / (ratio - 1)
         assert math.cosh(products * math.acosh(argument)) == pytest.approx(1 / accuracy)
+
+
+def with_spectrum(values: Tensor, seed: int) -> Case:
+    """A quadratic inner loss with the given curvatures."""
+    case, outer = Case(), randn(len(values), seed=seed)
+    theta, phi = (torch.zeros_like(values).requires_grad_() for _ in range(2))
+    case.problem = BilevelProblem(
+        lambda: (values * theta**2).sum() / 2 - theta @ phi, lambda: outer @ theta, [theta], [phi]
+    )
+    case.expected = outer / values
+    return case
+
+
+SPECTRA = {
+    "few": lambda: torch.tensor([0.1, 0.15, 0.6, 0.9, 1.0]).double(),
+    "flat": lambda: torch.linspace(0.05, 1.0, 100).double(),
+    "steep": lambda: torch.logspace(-4, 0, 100).double(),
+    "outliers": lambda: torch.cat([torch.linspace(0.01, 0.03, 98), torch.tensor([0.7, 1.0])]).double(),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *SPECTRA])
+def test_more_products_of_chebyshev_are_never_worse_than_fewer_or_than_a_series(case):
+    case = with_spectrum(SPECTRA[case](), seed=1) if case in SPECTRA else case()
+    before = float("inf")
+    for products in (1, 2, 3, 5, 8, 12, 20, 30):
+        found, series, default = (
+            relative_error(estimator(case.problem).gradient, case.expected)
+            for estimator in (Chebyshev(products), Neumann(products - 1), Chebyshev(products, accuracy=0.5 / products))
+        )
+        assert found < max(float(series), 1e-9)
+        assert found < max(before, 1e-9)
+        assert found < max(1.05 * float(default), 0.6)  # of two products one may be lucky
+        before = float(found)
+
+
+def test_what_is_known_of_the_spectrum_shortens_the_interval_of_chebyshev_and_survives_a_checkpoint():
+    case, estimator, resumed = Quadratic(), Chebyshev(20), Chebyshev(20)
+    estimator(case.problem)
+    upper = estimator.spectrum.largest
+    assert estimator.lower_end(20, upper, 0.0) > 10 * resumed.lower_end(20, upper, 0.0)
+    resumed.load_state_dict(estimator.state_dict())
+    assert resumed.lower_end(20, upper, 0.0) == estimator.lower_end(20, upper, 0.0)
+    older = estimator.state_dict()
+    del older["spectrum"]["ritz"]
+    resumed.load_state_dict(older)
+    assert resumed.lower_end(20, upper, 0.0) == Chebyshev(20).lower_end(20, upper, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diopt_lightning.bilevel.autocast import Autocast
 from diopt_lightning.bilevel.problem import BilevelProblem, Loss, MicroBatches, differentiable, scalar
-from diopt_lightning.bilevel.products.base import checkpointing_explained, differentiate, zeros
+from diopt_lightning.bilevel.products.base import OF_PYTORCH, checkpointing_explained, differentiate, explained, zeros
 from diopt_lightning.bilevel.vectors import Vector, add, as_vector, norm, scale
 from diopt_lightning.bilevel.warning import ConvergenceWarning
 from diopt_lightning.errors import ConfigurationError
@@ -59,10 +59,10 @@ class HypergradientEstimator(ABC):
     _warned = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let every estimator compute without autocast, in which losses alone are computed."""
+        """Let every estimator compute without autocast, in which losses alone are, and explain what PyTorch says."""
         super().__init_subclass__(**options)
         if "__call__" in vars(cls):
-            cls.__call__ = in_full_precision(cls.__call__)  # type: ignore[method-assign, assignment]
+            cls.__call__ = prepared(cls.__call__)  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -114,13 +114,13 @@ class HypergradientEstimator(ABC):
             warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
-def in_full_precision(estimate: Estimate) -> Estimate:
-    """Turn autocast off for an estimate, and on again where it evaluates a loss."""
+def prepared(estimate: Estimate) -> Estimate:
+    """Turn autocast off for an estimate, on again where it evaluates a loss, and explain missing second derivatives."""
 
     @wraps(estimate)
     def call(self: HypergradientEstimator, problem: BilevelProblem) -> Hypergradient:
         autocast = Autocast([*problem.inner_parameters, *problem.outer_parameters])
-        with autocast.off():
+        with autocast.off(), explained(type(self).__name__, only=OF_PYTORCH):
             return estimate(self, problem if problem.autocast is not None else replace(problem, autocast=autocast))
 
     return call

@@ -9,6 +9,9 @@ from diopt_lightning.bilevel.products.base import Linearization
 from diopt_lightning.bilevel.vectors import Vector, add, scale
 from diopt_lightning.errors import ConfigurationError
 
+# Lower ends that are compared, and the length of the shortest interval: with it the iteration is a Neumann series.
+STEPS, SHORTEST = 40, 1e-3
+
 
 class Chebyshev(KrylovEstimator):
     r"""Chebyshev iteration: the polynomial of the Hessian with the smallest residual.
@@ -20,9 +23,11 @@ class Chebyshev(KrylovEstimator):
     .. math:: v_0 - A p = \frac{T_M\left(\frac{a + b - 2 A}{b - a}\right)}{T_M\left(\frac{a + b}{b - a}\right)} \, v_0 ,
 
     where a Neumann series has :math:`(I - \gamma A)^M`. :math:`b` is the estimated :math:`\lambda_{max}`. The lower end
-    :math:`a` follows from what the products can do: it is the lowest one for which the residual is at most
+    :math:`a` follows from what the products can do: the lowest one is that for which the residual is at most
     ``accuracy`` everywhere on :math:`[a, b]`; below it, down to zero, the residual goes on to one, as in a series that
-    is cut short. So more products reach lower, and there is nothing to tune.
+    is cut short. So more products reach lower, and there is nothing to tune. Where the estimate of the spectrum shows
+    that nothing lies so low, or little of :math:`v_0`, :math:`a` is the one that leaves the smallest error in :math:`p`
+    (up to :math:`b`, which is the Neumann series): more products are better on easy problems, too.
 
     Where the Hessian has negative eigenvalues, as a deep network's has, a damping of twice the lowest one seen keeps
     the polynomial from growing there, and is the default; where they are small beside :math:`a` it changes nothing.
@@ -33,9 +38,9 @@ class Chebyshev(KrylovEstimator):
 
     Args:
         products: M, the products with the Hessian that a hypergradient takes. Default: 5.
-        accuracy: The relative residual that is allowed on the interval. Default: 0.5 over ``products``, so 0.1 with 5.
-            Lower values make the large eigenvalues' part more exact and reach less far down; a fixed one would be a
-            floor that further products cannot pass.
+        accuracy: The relative residual that is allowed on the interval. Default: at most 0.5 over ``products``, so 0.1
+            with 5, and less where the spectrum allows it. Lower values make the large eigenvalues' part more exact and
+            reach less far down; a fixed one is a floor that further products cannot pass.
         options: ``damping``, ``warm_start``, ``spectrum`` and ``product`` of
             :class:`~diopt_lightning.bilevel.KrylovEstimator`.
 
@@ -60,7 +65,7 @@ class Chebyshev(KrylovEstimator):
         super().__init__(products, **options)
         if accuracy is not None and not 0 < accuracy < 1:
             raise ConfigurationError(f"`accuracy` must lie between 0 and 1, got {accuracy}.")
-        self.accuracy = accuracy if accuracy is not None else 0.5 / products
+        self.accuracy = accuracy
 
     def prepare(self, linearization: Linearization, v0: Vector) -> float:
         """Return the damping; the spectrum is needed in any case."""
@@ -71,7 +76,7 @@ class Chebyshev(KrylovEstimator):
         """Run the three-term recurrence; see :class:`KrylovEstimator`."""
         while True:
             upper = (self.spectrum.largest or 1.0) + damping
-            lower = upper / condition(products, self.accuracy)
+            lower = self.lower_end(products, upper, damping)
             center, half = (upper + lower) / 2, (upper - lower) / 2
             residual, update = right, scale(right, 1 / center)
             total, ratio = update, half / center
@@ -86,6 +91,22 @@ class Chebyshev(KrylovEstimator):
             else:
                 return Solution(total)
 
+    def lower_end(self, products: int, upper: float, damping: float) -> float:
+        """The lower end of the interval, where ``upper`` is the other one."""
+        lowest = upper / condition(products, self.accuracy or 0.5 / self.products)
+        if self.accuracy is not None or not self.spectrum.ritz:
+            return lowest
+        ends = [(1 - SHORTEST) * upper * (lowest / upper) ** (step / STEPS) for step in range(STEPS + 1)]
+
+        def error(lower: float) -> float:
+            total = 0.0
+            for value, uncertain, share in self.spectrum.ritz:
+                at_worst = max(value - uncertain + damping, lowest)
+                total += share * (bound(products, lower, upper, at_worst) / at_worst) ** 2
+            return total
+
+        return min(ends, key=error)
+
     def advice(self, curvature: float, solution: Solution) -> str:
         """What to set; see :class:`ImplicitEstimator`."""
         if curvature < 0:
@@ -97,6 +118,19 @@ class Chebyshev(KrylovEstimator):
             f" It lies along a curvature of {curvature:.3g}: use fewer `products` (now {self.products}), or refresh "
             f"the `spectrum` more often (now every {self.spectrum.refresh_every} hypergradients)."
         )
+
+
+def bound(products: int, lower: float, upper: float, eigenvalue: float) -> float:
+    r"""The most that is left of the residual at an eigenvalue, with an interval from ``lower`` to ``upper``.
+
+    Example:
+        >>> round(bound(5, 1 / 11.8, 1.0, 0.5), 2), bound(5, 1 / 11.8, 1.0, 0.0)
+        (0.1, 1.0)
+    """
+    at_zero, there = (math.acosh(max((upper + lower - 2 * x) / (upper - lower), 1.0)) for x in (0.0, eigenvalue))
+    # The ratio of two hyperbolic cosines, which are large.
+    decay = math.exp(products * (there - at_zero))
+    return decay * (1 + math.exp(-2 * products * there)) / (1 + math.exp(-2 * products * at_zero))
 
 
 def condition(products: int, accuracy: float) -> float:

@@ -12,7 +12,7 @@ from diopt_lightning.bilevel.estimators.base import (
 from diopt_lightning.bilevel.estimators.implicit import DIVERGED
 from diopt_lightning.bilevel.estimators.spectrum import Spectrum
 from diopt_lightning.bilevel.problem import BilevelProblem
-from diopt_lightning.bilevel.products.finite_difference import FiniteDifference, distance
+from diopt_lightning.bilevel.products.finite_difference import Differences, FiniteDifference, distance
 from diopt_lightning.bilevel.products.perturbation import move, restored
 from diopt_lightning.bilevel.sharding import placed, whole
 from diopt_lightning.bilevel.vectors import Vector, add, dot, norm, scale
@@ -44,8 +44,8 @@ class Penalty(HypergradientEstimator):
     Args:
         steps: Steps of gradient descent to the second point. Default: 5.
         multiplier: That of the penalty. Default: so that the second point is as far from the first as the step of a
-            forward :class:`~diopt_lightning.bilevel.FiniteDifference`. A smaller one is biased, a larger one is lost
-            in rounding.
+            forward :class:`~diopt_lightning.bilevel.FiniteDifference`, or closer (down to 1/64 of it) where gradients
+            have kinks so far apart, as with ReLU. A smaller one is biased, a larger one is lost in rounding.
         step_size: That of gradient descent. Default: 1 over the largest eigenvalue, estimated from differences.
         warm_start: Whether to start as far from the first point as the last time, as the papers' single loop does with
             one step. Default: no.
@@ -90,11 +90,12 @@ class Penalty(HypergradientEstimator):
         self.warm_start = warm_start
         self.spectrum = spectrum if spectrum is not None else Spectrum()
         self._offset: Vector | None = None
+        self._times: float | None = None
 
     def reset(self) -> None:
         """Forget the last offset and the spectrum too; see :class:`HypergradientEstimator`."""
         super().reset()
-        self._offset = None
+        self._offset = self._times = None
         self.spectrum.reset()
 
     def __call__(self, problem: BilevelProblem) -> Hypergradient:
@@ -140,18 +141,21 @@ class Penalty(HypergradientEstimator):
         return offset
 
     def _step_size(self, problem: BilevelProblem, v0: Vector) -> float:
-        if self.step_size is not None:
-            return self.step_size
-        if self.spectrum.due:
-            with FiniteDifference("forward", check=False).linearize(problem) as linearization:
+        """The step size, for which spectrum and distance of differences are found out where that is due."""
+        estimated = self.step_size is None and self.spectrum.due
+        if estimated or (self.multiplier is None and self._times is None):
+            linearization = Differences(problem, FiniteDifference("forward", check=False))
+            self._times = linearization.choose_distance(v0)
+            if estimated:
                 self.spectrum.refresh(linearization, v0)
-        else:
+        elif self.step_size is None:
             self.spectrum.grow_older()
-        return 1 / self.spectrum.largest if self.spectrum.largest else 1.0
+        return self.step_size or (1 / self.spectrum.largest if self.spectrum.largest else 1.0)
 
     def _multiplier(self, problem: BilevelProblem, v0: Vector, step_size: float) -> float:
         """The multiplier with which ``steps`` of the first step's length end at the distance of a difference."""
-        return max(self.steps * step_size * norm(v0).item() / distance(problem, "forward"), 1e-30)
+        length = (self._times or 1.0) * distance(problem, "forward")
+        return max(self.steps * step_size * norm(v0).item() / length, 1e-30)
 
     def _diverged(self, offset: Vector, change: Vector, statistics: dict[str, float]) -> None:
         self.spectrum.expire()
@@ -171,9 +175,11 @@ class Penalty(HypergradientEstimator):
     def state_dict(self) -> dict[str, Any]:
         """Return the last offset, if it is needed, and the state of the spectrum."""
         offset = whole(self._offset) if self._offset is not None else None
-        return {"offset": offset, "warned": self._warned, "spectrum": self.spectrum.state_dict()}
+        kept = {"offset": offset, "times": self._times}
+        return kept | {"warned": self._warned, "spectrum": self.spectrum.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._offset, self._warned = state["offset"], state["warned"]
+        self._times = state.get("times")  # which older checkpoints do not have
         self.spectrum.load_state_dict(state["spectrum"])

@@ -1,6 +1,6 @@
 """The ends of the inner Hessian's spectrum, from which solvers take step sizes and damping."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,22 @@ from diopt_lightning.errors import ConfigurationError
 MARGIN = 1.05
 
 
-def extreme_eigenvalues(linearization: Linearization, start: Vector, products: int) -> tuple[float, float]:
-    r"""Estimate the lowest and the largest eigenvalue of the Hessian by Lanczos iteration.
+class Ritz(NamedTuple):
+    """An eigenvalue as Lanczos iteration sees it.
+
+    Args:
+        value: The estimate.
+        error: An eigenvalue is at most this far from it.
+        share: That of its eigenvector in the square of the vector that the iteration started from.
+    """
+
+    value: float
+    error: float
+    share: float
+
+
+def ritz_values(linearization: Linearization, start: Vector, products: int) -> list[Ritz]:
+    r"""Estimate eigenvalues of the Hessian, at the ends of its spectrum first, by Lanczos iteration.
 
     The eigenvalues of the tridiagonal matrix that ``products`` steps make of :math:`H` lie inside of its spectrum and
     approach the ends of it first (Golub and Van Loan, "Matrix computations", chapter 10). The iteration is started at
@@ -28,11 +42,11 @@ def extreme_eigenvalues(linearization: Linearization, start: Vector, products: i
         products: The number of Hessian products to spend.
 
     Returns:
-        The lowest and the largest eigenvalue as far as seen; zeros where ``start`` is zero.
+        The eigenvalues as far as seen, the lowest first; a zero where ``start`` is zero.
     """
     size = norm(start).item()
     if size == 0.0:
-        return 0.0, 0.0
+        return [Ritz(0.0, 0.0, 1.0)]
     diagonal: list[float] = []
     below: list[float] = []
     previous, vector = start, scale(start, 1 / size)
@@ -45,13 +59,15 @@ def extreme_eigenvalues(linearization: Linearization, start: Vector, products: i
             image = add(image, previous, -below[-1])
         size = norm(image).item()
         if size <= 1e-6 * max(map(abs, diagonal)):  # the space is exhausted
+            size = 0.0
             break
         below.append(size)
         previous, vector = vector, scale(image, 1 / size)
     beside = torch.tensor(below[: len(diagonal) - 1], dtype=torch.float64)
     tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    ritz = torch.linalg.eigvalsh(tridiagonal + torch.diag(beside, 1) + torch.diag(beside, -1))
-    return ritz[0].item(), ritz[-1].item()
+    values, vectors = torch.linalg.eigh(tridiagonal + torch.diag(beside, 1) + torch.diag(beside, -1))
+    errors, shares = size * vectors[-1].abs(), vectors[0].square()
+    return [Ritz(*row) for row in torch.stack([values, errors, shares], dim=1).tolist()]
 
 
 class Spectrum:
@@ -65,6 +81,7 @@ class Spectrum:
     Attributes:
         lowest: The lowest eigenvalue seen.
         largest: The largest absolute eigenvalue seen, with a margin of 5%.
+        ritz: All eigenvalues seen, the lowest first.
 
     Raises:
         ConfigurationError: If an argument is below 1.
@@ -83,6 +100,7 @@ class Spectrum:
         """Forget the bounds."""
         self.lowest = 0.0
         self.largest = 0.0
+        self.ritz: list[Ritz] = []
         self._age: int | None = None
 
     @property
@@ -93,8 +111,9 @@ class Spectrum:
     def refresh(self, linearization: Linearization, start: Vector) -> None:
         """Estimate the bounds if that is due, and count a hypergradient."""
         if self.due:
-            self.lowest, largest = extreme_eigenvalues(linearization, start, self.products)
-            self.largest = MARGIN * max(abs(self.lowest), abs(largest))
+            self.ritz = ritz_values(linearization, start, self.products)
+            self.lowest = self.ritz[0].value
+            self.largest = MARGIN * max(abs(self.lowest), abs(self.ritz[-1].value))
             self._age = 0
         self.grow_older()
 
@@ -125,8 +144,10 @@ class Spectrum:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the bounds and their age."""
-        return {"lowest": self.lowest, "largest": self.largest, "age": self._age}
+        ritz = [list(each) for each in self.ritz]
+        return {"lowest": self.lowest, "largest": self.largest, "age": self._age, "ritz": ritz}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.lowest, self.largest, self._age = state["lowest"], state["largest"], state["age"]
+        self.ritz = [Ritz(*each) for each in state.get("ritz", ())]  # which older checkpoints do not have

@@ -185,21 +185,30 @@ CAUSES = {
 }
 
 
+# What it says of its own operations alone: an estimator runs much beside them, which may say anything.
+OF_PYTORCH = ("derivative for aten::", "aot_autograd does not currently support double backward")
+
+
 @contextmanager
-def explained(product: str) -> Iterator[None]:
-    """Turn PyTorch's errors about missing second derivatives into one that names the cause and what works."""
+def explained(product: str, only: Sequence[str] = ("",)) -> Iterator[None]:
+    """Turn PyTorch's errors about missing second derivatives into one that names the cause and what works.
+
+    Errors without any of the words in ``only`` stay as they are.
+    """
     try:
         with checkpointing_explained():
             yield
     except RuntimeError as error:  # includes NotImplementedError
         found = (cause for words, cause in CAUSES.items() if words in str(error))
         cause = ONCE if isinstance(error, OnceDifferentiableError) else next(found, None)
-        if cause is None:
+        if cause is None or not any(words in str(error) for words in only):
             raise
         raise ConfigurationError(
-            f"{product} needs second derivatives, and {cause} ({str(error).strip().splitlines()[0]}). Use "
-            "`FiniteDifference` as the `product`, which needs first derivatives only, or the model's plain form: "
-            "uncompiled, with PyTorch's own attention (`sdpa` or `eager`), and checkpointed with `use_reentrant=False`."
+            f"{product} needs second derivatives, and {cause} ({str(error).strip().splitlines()[0]}). Where it takes "
+            "them itself, by `create_graph=True`, compute the loss and both derivatives in "
+            "`with diopt_lightning.bilevel.second_order():`. Otherwise use `FiniteDifference` as the `product`, which "
+            "needs first derivatives only, or the model's plain form: uncompiled, with PyTorch's own attention (`sdpa` "
+            "or `eager`), and checkpointed with `use_reentrant=False`."
         ) from error
 
 

@@ -25,6 +25,8 @@ INACCURATE = 0.05
 # A relative change of a product with the distance that is warned of: kinks alone, which make errors of two distances,
 # may change it by less.
 ROUNDING = 0.5
+# Distances that are tried, where one may be chosen. Still shorter ones are rounding error.
+DISTANCES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 
 
 class FiniteDifference(Product):
@@ -83,6 +85,8 @@ class FiniteDifference(Product):
         self.scheme = scheme
         self.check = check
         self._checked = False
+        #: The distance of the two gradients in units of the one above.
+        self.times = 1.0
 
     def reset(self) -> None:
         """Check the next product again; see :class:`Product`."""
@@ -94,13 +98,13 @@ class FiniteDifference(Product):
         Raises:
             ConfigurationError: If parameters are of half precision.
         """
-        return _Differences(problem, self)
+        return Differences(problem, self)
 
     def guard(self) -> AbstractContextManager[None]:
         """No second derivative is taken; see :class:`Product`."""
         return checkpointing_explained()
 
-    def compare(self, linearization: "_Differences", v: Vector, found: Vector) -> None:
+    def compare(self, linearization: "Differences", v: Vector, found: Vector) -> None:
         """Compare the first product of a run with an exact one, or with one at another distance; say what came out."""
         if self._checked:
             return
@@ -129,9 +133,8 @@ class FiniteDifference(Product):
                 stacklevel=2,
             )
 
-    def _compare_distances(self, linearization: "_Differences", v: Vector, found: Vector) -> None:
-        further, size = linearization.product(v, 2.0)[: len(found)], norm(found).item()
-        changed = norm(add(further, found, -1.0)).item() / size if size > 0 else norm(further).item()
+    def _compare_distances(self, linearization: "Differences", v: Vector, found: Vector) -> None:
+        changed = linearization.change(v, found)
         if changed > ROUNDING:
             warnings.warn(
                 f"Products by FiniteDifference(scheme={self.scheme!r}) change by {changed:.0%} with the distance of "
@@ -167,7 +170,9 @@ def distance(problem: BilevelProblem, scheme: Literal["forward", "central"]) -> 
     return factor * math.sqrt(1 + norm(as_vector(parameters, parameters)).item())
 
 
-class _Differences(Linearization):
+class Differences(Linearization):
+    """Products from differences of gradients at one point; see :class:`FiniteDifference`."""
+
     def __init__(self, problem: BilevelProblem, product: FiniteDifference) -> None:
         super().__init__(problem, product.fraction)
         self._product = product
@@ -181,7 +186,7 @@ class _Differences(Linearization):
         inner, outer = self.problem.inner_parameters, self.problem.outer_parameters
         if norm(v).item() == 0:
             return zeros(inner), zeros(outer)
-        averaged = self.product(v, 1.0)
+        averaged = self.product(v, self._product.times)
         self._product.compare(self, v, averaged[: len(inner)])
         return averaged[: len(inner)], averaged[len(inner) :]
 
@@ -193,6 +198,25 @@ class _Differences(Linearization):
         else:
             products = scale(add(self._gradient_at(v, step), self._gradient_at(v, -step), -1.0), 0.5 / step)
         return self.problem.average(products)
+
+    def change(self, v: Vector, found: Vector) -> float:
+        """How much another distance, twice as far, changes a product that was found with ``v``, relative to it."""
+        further, size = self.product(v, 2 * self._product.times)[: len(found)], norm(found).item()
+        return norm(add(further, found, -1.0)).item() / size if size > 0 else norm(further).item()
+
+    def choose_distance(self, v: Vector) -> float:
+        """Take the first distance, or else the best, that leaves the product with ``v`` as it is when it is doubled.
+
+        Where the gradient has kinks (ReLU), they are between points that are close more seldom.
+        """
+        changes = {}
+        for times in DISTANCES if norm(v).item() > 0 else (1.0,):
+            self._product.times = times
+            changes[times] = self.change(v, self.product(v, times)[: len(v)]) if norm(v).item() > 0 else 0.0
+            if changes[times] < INACCURATE:
+                break
+        self._product.times = min(changes, key=lambda times: changes[times])
+        return self._product.times
 
     def _gradient_at(self, v: Vector, step: float) -> Vector:
         parameters = self.problem.inner_parameters

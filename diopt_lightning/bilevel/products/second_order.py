@@ -17,6 +17,18 @@ def second_order() -> Iterator[None]:
 
     Attention runs in PyTorch's math kernel and compiled modules run as they were written, because neither the fused
     kernels nor compiled code have a second derivative. :func:`needs_second_derivatives` is true.
+
+    The products of this package are computed in here by themselves. An estimator of your own that calls
+    ``torch.autograd.grad`` with ``create_graph=True`` computes the loss, its gradient and that one's derivative in here.
+
+    Example:
+        >>> query = torch.randn(1, 1, 2, 4, requires_grad=True)
+        >>> with second_order():
+        ...     loss = torch.nn.functional.scaled_dot_product_attention(query, query, query).square().sum()
+        ...     (gradient,) = torch.autograd.grad(loss, query, create_graph=True)
+        ...     (product,) = torch.autograd.grad(gradient.sum(), query)
+        >>> product.shape
+        torch.Size([1, 1, 2, 4])
     """
     global _depth
     _depth += 1
