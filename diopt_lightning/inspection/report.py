@@ -99,6 +99,10 @@ class Report:
     points: list[tuple[tuple[float, float], tuple[float, float]]]
     share: tuple[float, float]
 
+    def __post_init__(self) -> None:
+        if self.points and len(self.points) != len(self.tasks):
+            raise ValueError(f"there are {len(self.points)} points for {len(self.tasks)} tasks")
+
     @classmethod
     def of(cls, data: dict[str, Any]) -> Self:
         """Read plain data."""
@@ -111,8 +115,8 @@ class Report:
             backbone=str(data.get("backbone", "")),
             step=data.get("step"),
             tasks=[
-                task_report(str(data["tasks"][row]), learned, [(step, then[row]) for step, then in past])
-                for row, learned in enumerate(descriptions(data, form))
+                task_report(str(name), learned, [(step, then[row]) for step, then in past])
+                for row, (name, learned) in enumerate(zip(data["tasks"], descriptions(data, form), strict=True))
             ],
             diversity=[
                 (step, *({m: n[of][m] for m in MEASURES} for of in ("learned", "human"))) for step, n in measured

@@ -108,8 +108,8 @@ def refuse_fabric(module: LightningModule) -> None:
     """
     if module._fabric is not None:
         raise ConfigurationError(
-            f"`training_step` of {type(module).__name__} takes whole steps and needs a `Trainer`. Under Fabric take the "
-            "steps yourself, with the optimizers that `configure_optimizers` makes: `fabric.backward` of "
+            f"`training_step` of {type(module).__name__} takes whole steps and needs a `Trainer`. Under Fabric "
+            "take the steps yourself, with the optimizers that `configure_optimizers` makes: `fabric.backward` of "
             "`inner_loss(batch)` for the inner one, and the `gradient` of `estimate_hypergradient(inner_batch, "
             "outer_batch)` as `.grad` of the `outer_parameters()` for the outer one."
         )

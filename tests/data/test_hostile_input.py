@@ -3,8 +3,9 @@
 Every kind of malformed input is a strategy of hypothesis that makes whole files. What a file must be read as is said
 here a second time, in other words than the reader's: whatever that obvious reading takes must come out letter by
 letter, and whatever it does not take must be refused by one short line that names the file. A traceback from inside, a
-wait without end, an opened file outside the folder of the data or a control token in a text fails. Examples are the
-same at every run. The last test prints how many files of each kind were read and refused.
+wait without end, an opened file outside the folder of the data, a text that is run, a file that is changed elsewhere or
+a control token in a text fails. What a checkpoint or a configuration says is changed likewise. Examples are the same at
+every run. The last test prints how many of each kind were read and refused, ten thousand at least.
 """
 
 import hashlib
@@ -43,8 +44,14 @@ from diopt_lightning.data.text_format import (
     encode,
     encoder_decoder_format,
 )
+from diopt_lightning.inspection.page import page
+from diopt_lightning.inspection.report import Report, check_types
+from diopt_lightning.rebuilding import check_classes
+from diopt_lightning.resuming.checkpoint_reading import understood
+from tests.audit import CANARY, nothing_run_or_written_outside
 from tests.conftest import TINY_T5, task_document
 
+ALL_KINDS = 25
 COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
 PROFILE = settings(
     derandomize=True, database=None, deadline=5000, suppress_health_check=list(HealthCheck), print_blob=False
@@ -104,7 +111,7 @@ def explore(kind: str, strategy: Any, check: Callable[[Any], str], examples: int
     @settings(PROFILE, max_examples=examples)
     @given(strategy)
     def one(value: Any) -> None:
-        with time_limit(20):
+        with time_limit(20), nothing_run_or_written_outside(Path.cwd()):
             COUNTS[kind][check(value)] += 1
 
     one()
@@ -212,7 +219,7 @@ def obvious_reading(content: bytes) -> Task | None:
 def field(pairs: Any, name: str) -> Any:
     require(isinstance(pairs, tuple))
     values = [value for key, value in pairs if key == name]
-    require(bool(values) and all(json.dumps(value) == json.dumps(values[0]) for value in values))
+    require(bool(values) and all(repr(value) == repr(values[0]) for value in values))  # `[]` is no `{}`
     return values[0]
 
 
@@ -253,7 +260,24 @@ CONTROL_NAMES = [
     "<</s>/s>",
 ]
 ODD = [*CONTROL_NAMES, "\0", "\x1b[2J", "\u202e", "\u200b", "\ufeff", "\u2028", "\x7f", "\uffff", "😀", "e\u0301", "\r"]
-ODD += ['"', "\\", "\\ud800", "{{7*7}}", "%s", "<script>", "../..", "NaN", " ", "\n", "\t", "\nOutput:", "a", "bear"]
+ODD += [
+    '"',
+    "\\",
+    "\\ud800",
+    "{{7*7}}",
+    "%s",
+    f"{CANARY}()",
+    f"{{{{ {CANARY}() }}}}",
+    "<script>",
+    "../..",
+    "NaN",
+    " ",
+    "\n",
+    "\t",
+    "\nOutput:",
+    "a",
+    "bear",
+]
 odd_texts = st.lists(st.sampled_from(ODD) | st.text(max_size=5), max_size=4).map("".join)
 solid_texts = odd_texts.map(lambda value: value if value.strip() else f"{value}a")
 values = st.recursive(
@@ -801,7 +825,7 @@ def test_no_text_has_a_control_token_and_ordinary_texts_have_the_ids_they_had(ki
         return "control token spelled out"
 
     strategy = st.lists(st.sampled_from(special[:4] + ODD) | st.text(max_size=5), max_size=5).map("".join)
-    explore(f"texts, {kind} tokenizer", strategy, check, 300, "ids unchanged", "control token spelled out")
+    explore(f"texts, {kind} tokenizer", strategy, check, 600, "ids unchanged", "control token spelled out")
 
 
 def test_a_chat_keeps_its_own_control_tokens(folder):
@@ -823,6 +847,72 @@ def test_real_texts_have_the_ids_they_had(real_data, t5_tokenizer):
             for ordinary in [instance["input"], *instance["output"]]:
                 assert encode(tokenizer, ordinary) == ids_of(tokenizer, ordinary)
                 COUNTS["texts, real tasks and T5 tokenizer"]["ids unchanged"] += 1
+
+
+# What a checkpoint says was learned, and what a configuration asks for.
+
+LEARNED: dict[str, Any] = {
+    "form": "ExtractorDP",
+    "backbone": "t5",
+    "encoder_decoder": True,
+    "step": 8,
+    "tasks": ["task001", "task002"],
+    "learned": [
+        {"task": "task001", "slots": [{"candidate": 1, "probability": 0.5, "exemplar": "a"}], "weight": 1.5},
+        {"task": "task002", "nearest_tokens": ["a", "b"], "cosine": [0.5, 0.25], "parts": [{"form": "EmbedderDP"}]},
+    ],
+    "history": [{"step": 4, "learned": [{"slots": [{"candidate": 0, "probability": 0.5}]}, {}], "diversity": None}],
+    "diversity": {
+        "learned": {"mean_cosine_distance": 0.5, "effective_rank": 1.5},
+        "human": {"mean_cosine_distance": 0.5, "effective_rank": 1.5},
+        "picture": {"learned": [[0.0, 1.0], [1.0, 0.0]], "human": [[0.0, 1.0], [1.0, 0.0]], "share": [0.5, 0.5]},
+    },
+}
+OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}}
+CLASSES = ["torch.optim.SGD", "diopt_lightning.bilevel.Neumann"]
+FUNCTIONS = ["os.system", "shutil.rmtree", "builtins.eval", "builtins.exec", "torch.load", "torch.hub.load", CANARY]
+FUNCTIONS += ["subprocess.run", "pathlib.Path.unlink", "os.path", "torch", "..", "", "torch.optim.Nothing"]
+
+
+@st.composite
+def changed(draw: st.DrawFn, right: dict[str, Any], entries: st.SearchStrategy[Any]) -> dict[str, Any]:
+    """Another value in one place."""
+    document = deepcopy(right)
+    container, key = draw(st.sampled_from(list(places(document))))
+    container[key] = draw(entries)
+    return document
+
+
+def test_what_a_checkpoint_says_is_shown_or_refused(tmp_path):
+    def check(said: dict[str, Any]) -> str:
+        try:
+            with understood(tmp_path / "a.ckpt"):
+                check_types(report := Report.of(said), Report)
+        except ConfigurationError as error:
+            assert_clear(error, tmp_path, "a.ckpt")
+            return "refused"
+        assert page(report).endswith("</html>\n")
+        return "read"
+
+    strategy = changed(LEARNED, values)
+    explore("what a checkpoint says", strategy, check, 1600, "read", "refused")
+
+
+def test_a_configuration_names_classes_or_is_refused():
+    def check(named: tuple[str, dict[str, Any], str]) -> str:
+        option, around, path = named
+        config = around | {"model": {"class_path": CLASSES[0], "init_args": {option: OPTIMIZER | {"class_path": path}}}}
+        if path in CLASSES:
+            check_classes([config])
+            return "read"
+        with pytest.raises(ConfigurationError, match=option):
+            check_classes([config])
+        return "refused"
+
+    paths = st.sampled_from([*CLASSES * 3, *FUNCTIONS])
+    options = st.sampled_from(["inner_optimizer", "outer_optimizer", "inner_scheduler", "scheduler"])
+    around = st.dictionaries(odd_texts.filter(lambda name: name != "class_path"), values, max_size=2)
+    explore("configuration", st.tuples(options, around, paths), check, 1000, "read", "refused")
 
 
 # The whole chain.
@@ -908,7 +998,7 @@ HOSTILE: dict[str, tuple[Callable[[Folder], Any], str]] = {
 def test_fit_ends_with_one_line_on_a_hostile_folder(folder, capfd, kind):
     make, message = HOSTILE[kind]
     make(folder)
-    with time_limit(60):
+    with time_limit(60), nothing_run_or_written_outside(folder.root.parent):
         assert fit(folder) == 2
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
@@ -927,7 +1017,7 @@ def test_fit_takes_texts_that_are_odd_and_right(folder, capfd):
         document["Positive Examples"] = [{"input": odd, "output": f"{index}{odd}"} for index in range(3)]
         document["Instances"] = [{"id": odd, "input": odd, "output": [odd, ""]}] * 3
         folder.task(name).write_text(json.dumps(document))
-    with time_limit(120):
+    with time_limit(120), nothing_run_or_written_outside(folder.root.parent):
         assert fit(folder, "--test_after_fit=true") == 0
     (path,) = folder.root.rglob("predictions.jsonl")
     written_rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -938,8 +1028,11 @@ def test_fit_takes_texts_that_are_odd_and_right(folder, capfd):
 def test_the_counts(figures):
     if not COUNTS:
         pytest.skip("counts what the other tests of this file have checked")
-    width = max(map(len, COUNTS))
-    totals = sum(COUNTS.values(), Counter())
-    for kind, outcomes in [*COUNTS.items(), ("together", totals)]:
+    width = max(map(len, [*COUNTS, "together, but for real tasks"]))
+    hostile = [outcomes for kind, outcomes in COUNTS.items() if "real tasks" not in kind]
+    totals = sum(hostile, Counter())
+    for kind, outcomes in [*COUNTS.items(), ("together, but for real tasks", totals)]:
         counts = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(outcomes.items()))
         figures(f"{kind:{width}}  {counts}")
+    if len(COUNTS) >= ALL_KINDS:
+        assert totals.total() >= 10_000
