@@ -59,7 +59,7 @@ class SourceTarget:
         ids, was_cut = self.text_format.source(tokenizer, text, self.max_source_length)
         if was_cut and self.official_cutting:
             # Unknown and special tokens are lost on the way, and some spaces; see the tokenizer's own options.
-            kept = tokenizer(text, verbose=False)["input_ids"][: self.max_source_length]
+            kept = list(tokenizer(text, verbose=False)["input_ids"])[: self.max_source_length]
             again = str(tokenizer.decode(kept, skip_special_tokens=True))
             ids, _ = self.text_format.source(tokenizer, again, self.max_source_length)
         return ids, was_cut

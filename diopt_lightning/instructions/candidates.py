@@ -202,6 +202,6 @@ def tokenize_candidates(
         for kind in used
         for slot in range(slots)
     ]
-    header_ids = pad(headers, tokenizer.pad_token_id).reshape(len(used), slots, max(map(len, headers)))
+    header_ids = pad(headers, tokenizer.pad_token_id).view(len(used), slots, max(map(len, headers)))
     header_mask = pad([[1] * len(header) for header in headers], 0).view(header_ids.shape).bool()
     return Candidates(ids, mask, header_ids, header_mask, kinds, [list(row) for row in rows], texts)
