@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shlex
 import signal
 import time
@@ -284,6 +285,32 @@ def test_a_checkpoint_that_does_not_fit_ends_with_one_line(options, message, sto
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("diopt: error:")]
     assert message.format(damaged=damaged, weights=weights) in line
+
+
+@pytest.mark.parametrize(
+    ("option", "limit", "status", "message"),
+    [
+        ("", 100_000, 1, "(File too large); those that were written before are whole: make room"),
+        ("--trainer.default_root_dir=a_file", None, 2, "Cannot make the folder"),
+        ("--data.cache_dir=a_file/cache", None, 1, "make room, or set"),
+    ],
+)
+def test_a_disk_that_does_not_take_a_file_ends_with_one_line(option, limit, status, message, stopped_run, capfd):
+    root = stopped_run.parents[3]
+    Path("a_file").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {path: path.read_bytes() for path in checkpoints(root)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or limits[0], limits[1]))
+    try:
+        found = main([*command(root), *filter(None, [option])])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    errors = capfd.readouterr().err
+    assert found == status, errors
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("diopt: error:")]
+    assert message in line
+    assert {path: path.read_bytes() for path in checkpoints(root)} == before
 
 
 @pytest.fixture(scope="module")
