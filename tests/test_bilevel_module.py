@@ -265,6 +265,11 @@ def test_a_scaled_loss_is_refused(monkeypatch):
         trainer.fit(module, loaders())
 
 
+def test_float16_without_a_scale_is_refused():
+    with pytest.raises(ConfigurationError, match=r"`trainer\.precision` is 16-true, and float16 has no room"):
+        quiet_trainer(max_steps=1, precision="16-true").fit(HyperCleaning(), loaders())
+
+
 class EqualOnAllProcesses(pl.Callback):
     """Fails the run if the processes' parameters are not bitwise equal at its end."""
 

@@ -28,6 +28,7 @@ from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
 from diopt_lightning.cli import main
 from diopt_lightning.data.files import printable
+from diopt_lightning.errors import TrainingError
 from diopt_lightning.export import export_adapter, export_embeddings, export_text
 from diopt_lightning.export.folder import file_name
 from diopt_lightning.inspection import Report, load, page, picture, select, show
@@ -492,3 +493,10 @@ def test_a_task_that_no_file_can_have_is_refused(name, layout, tmp_path):
     with pytest.raises(ConfigurationError, match="which no tensor in a file can have"):
         export_embeddings({"__metadata__": torch.zeros(1, 2)}, tmp_path / "out", "EmbedderDP", "t5")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("decompose", [effective_rank, lambda vectors: two_dimensional(vectors, torch.ones(1, 2))])
+def test_vectors_that_are_not_finite_end_in_one_sentence(decompose, value):
+    with pytest.raises(TrainingError, match="Vectors of instructions are not finite"):
+        decompose(torch.tensor([[1.0, value]]))

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diopt_lightning.errors import TrainingError
+
 
 def task_vectors(instructions: Sequence[Tensor]) -> Tensor:
     """Return the mean of each instruction ``(length, dim)``, together ``(tasks, dim)`` in float64 on the CPU.
@@ -75,7 +77,7 @@ def effective_rank(vectors: Tensor) -> float:
         >>> round(effective_rank(torch.ones(3, 2)), 6)
         1.0
     """
-    singular = torch.linalg.svdvals(vectors.detach().double())
+    singular = torch.linalg.svdvals(finite(vectors))
     if not singular.any():
         return 0.0
     shares = singular / singular.sum()
@@ -113,7 +115,7 @@ def two_dimensional(learned: Tensor, human: Tensor) -> Plane:
         >>> plane.learned, plane.human, plane.share
         (tensor([[1., 0.]], dtype=torch.float64), tensor([[-1., 0.]], dtype=torch.float64), (1.0, 0.0))
     """
-    rows = torch.cat([learned.detach().double(), human.detach().double()])
+    rows = finite(torch.cat([learned, human]))
     size = torch.linalg.matrix_norm(rows)
     rows = rows - rows.mean(dim=0)
     _, singular, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -123,6 +125,21 @@ def two_dimensional(learned: Tensor, human: Tensor) -> Plane:
     points[:, : len(directions)] = rows @ (directions * largest.sign()).T
     shares = [*(singular.square() / singular.square().sum())[: len(directions)].tolist(), 0.0, 0.0]
     return Plane(points[: len(learned)], points[len(learned) :], (shares[0], shares[1]))
+
+
+def finite(vectors: Tensor) -> Tensor:
+    """Vectors in double precision, for a decomposition that fails within where they are not finite.
+
+    Raises:
+        TrainingError: If they are not.
+    """
+    if not vectors.isfinite().all():
+        raise TrainingError(
+            "Vectors of instructions are not finite: weights of the model or of the instruction have become NaN or "
+            "infinite. Go on from an earlier checkpoint with lower learning rates, or train in a wider precision "
+            "(`trainer.precision`)."
+        )
+    return vectors.detach().double()
 
 
 def measure(vectors: Tensor) -> dict[str, float]:

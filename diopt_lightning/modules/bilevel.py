@@ -1,7 +1,7 @@
 """The alternation: K inner steps, then one outer step, for any inner and outer loss."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -219,14 +219,6 @@ class BilevelModule(OneRun):
         self.log("hypergradient/norm", norm)
         self.log_dict({f"hypergradient/{name}": value for name, value in estimate.statistics.items()})
         return loss
-
-    def on_outer_step_end(self) -> None:
-        """Called after every step of the outer optimizer; override it for what follows the outer parameters."""
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Free gradients before validation, unless they are those of the batches of an unfinished inner step."""
-        if self.inner_batches_seen % self.inner_level.accumulation == 0:
-            super().on_validation_model_zero_grad()
 
     def _return_to_the_round(self, recorded: list[Any], outer_batch: Any) -> None:
         """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diopt_lightning.bilevel.sharding import shards
 
+AnyOptimizer = Optimizer | LightningOptimizer
 # Steps of a level that are watched, and entries of each parameter that are remembered.
 WATCHED, REMEMBERED = 10, 64
 # A share of entries that are bitwise what they were after these steps, of half precision, that is warned of.
@@ -34,7 +36,9 @@ class IdleParameters:
         self._reached: list[Tensor] = []
         self._moving: list[Tensor] = []
 
-    def see(self, module: LightningModule, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+    def see(
+        self, module: LightningModule, parameters: Sequence[nn.Parameter], optimizer: Optimizer | LightningOptimizer
+    ) -> None:
         """Look at the gradients of a step that is about to be taken, and say what earlier ones have shown."""
         if self._said:
             return
@@ -55,7 +59,7 @@ class IdleParameters:
         if self._steps == 1 and not torch.stack(self._reached).any():
             self.say(parameters, optimizer)
 
-    def say(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+    def say(self, parameters: Sequence[nn.Parameter], optimizer: AnyOptimizer) -> None:
         """Say which parameters stay as they are, once."""
         if self._said or self._steps == 0:
             return

@@ -62,6 +62,14 @@ class OneRun(TwoLevels):
         for idle, parameters, optimizer in zip(self._idle, levels, optimizers, strict=True):
             idle.say(once(parameters), optimizer)
 
+    def on_outer_step_end(self) -> None:
+        """Called after every step of the outer optimizer; override it for what follows the outer parameters."""
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Free gradients before validation, unless they are those of the batches of an unfinished inner step."""
+        if self.inner_batches_seen % self.inner_level.accumulation == 0:
+            super().on_validation_model_zero_grad()
+
     @property
     def _trial_ends(self) -> bool:
         """Whether this is the last batch of a ``fast_dev_run``, which tries an outer step whatever a round is."""

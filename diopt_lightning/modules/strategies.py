@@ -70,11 +70,16 @@ def scales_losses(trainer: Trainer) -> bool:
 
 
 def refuse_loss_scaling(trainer: Trainer) -> None:
-    """Refuse a precision whose scale would reach the hypergradient.
+    """Refuse a precision whose scale would reach the hypergradient, and one that would need a scale.
 
     Raises:
         ConfigurationError: If the trainer's is one.
     """
+    if trainer.precision == "16-true":
+        raise ConfigurationError(
+            "`trainer.precision` is 16-true, and float16 has no room for gradients and an optimizer's squares without "
+            "loss scaling: use `bf16-true`, `bf16-mixed` or `32-true`."
+        )
     if scales_losses(trainer):
         raise ConfigurationError(
             f"`trainer.precision` is {trainer.precision}, whose loss scaling would divide the hypergradient "

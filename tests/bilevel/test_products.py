@@ -251,6 +251,22 @@ def test_differences_beside_half_precision_are_told_from_derivatives(scheme):
         Identity(product=FiniteDifference(scheme, check=False))(problem)
 
 
+def test_a_penalty_looks_for_a_distance_without_kinks():
+    theta, phi = torch.ones(50).requires_grad_(), torch.ones(50).requires_grad_()
+    kinks = torch.linspace(2e-5, 6e-5, 50)  # the usual distance is 3.5e-5 in each entry
+
+    def inner_loss() -> Tensor:
+        return (phi * theta.square()).sum() / 2 + 100 * ((theta - 1 + kinks).abs() - theta).sum()
+
+    problem = BilevelProblem(inner_loss, lambda: -theta.sum(), [theta], [phi])
+    estimator = Penalty(steps=1)
+    found = estimator(problem)  # without a warning, which would be an error here
+    assert estimator.state_dict()["times"] == 1 / 4
+    assert relative_error(found.gradient, torch.full((50,), 1 / 1.05)) < 0.02
+    estimator.reset()
+    assert estimator.state_dict()["times"] is None
+
+
 def test_differences_under_autocast_are_refused():
     problem, _ = language_model("gated-gelu")
     with torch.autocast("cpu", dtype=torch.bfloat16):

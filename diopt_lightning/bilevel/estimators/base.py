@@ -62,7 +62,7 @@ class HypergradientEstimator(ABC):
         """Let every estimator compute without autocast, in which losses alone are, and explain what PyTorch says."""
         super().__init_subclass__(**options)
         if "__call__" in vars(cls):
-            cls.__call__ = prepared(cls.__call__)  # type: ignore[method-assign, assignment]
+            cls.__call__ = prepared(cls.__call__)  # type: ignore[assignment, method-assign]
 
     @abstractmethod
     def __call__(self, problem: BilevelProblem) -> Hypergradient:

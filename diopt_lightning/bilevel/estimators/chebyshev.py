@@ -96,7 +96,7 @@ class Chebyshev(KrylovEstimator):
         lowest = upper / condition(products, self.accuracy or 0.5 / self.products)
         if self.accuracy is not None or not self.spectrum.ritz:
             return lowest
-        ends = [(1 - SHORTEST) * upper * (lowest / upper) ** (step / STEPS) for step in range(STEPS + 1)]
+        ends: list[float] = [(1 - SHORTEST) * upper * (lowest / upper) ** (step / STEPS) for step in range(STEPS + 1)]
 
         def error(lower: float) -> float:
             total = 0.0

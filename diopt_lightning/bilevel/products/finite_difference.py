@@ -180,11 +180,11 @@ class Differences(Linearization):
         self._base = self._gradient() if product.scheme == "forward" else None
 
     def hessian(self, v: Vector) -> Vector:
-        """Return ``H v``; see :class:`Linearization`."""
+        """``H v``; see :class:`Linearization`."""
         return self.both(v)[0]
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:
-        """Return ``H v`` and ``J^T v``; see :class:`Linearization`."""
+        """``(H v, J^T v)``; see :class:`Linearization`."""
         inner, outer = self.problem.inner_parameters, self.problem.outer_parameters
         if norm(v).item() == 0:
             return zeros(inner), zeros(outer)
@@ -239,5 +239,5 @@ class Differences(Linearization):
         return total
 
     def free(self) -> None:
-        """Drop the gradient at the point itself; see :class:`Linearization`."""
+        """Let go of the gradient at the base."""
         self._base = None

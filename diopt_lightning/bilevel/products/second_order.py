@@ -19,7 +19,7 @@ def second_order() -> Iterator[None]:
     kernels nor compiled code have a second derivative. :func:`needs_second_derivatives` is true.
 
     The products of this package are computed in here by themselves. An estimator of your own that calls
-    ``torch.autograd.grad`` with ``create_graph=True`` computes loss, gradient and the derivative of that in here.
+    ``torch.autograd.grad`` with ``create_graph=True`` computes loss, gradient and that one's derivative in here.
 
     Example:
         >>> query = torch.randn(1, 1, 2, 4, requires_grad=True)
