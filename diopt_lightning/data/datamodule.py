@@ -15,7 +15,14 @@ from diopt_lightning.data.collate import Batch, Collator
 from diopt_lightning.data.outer_batches import JoinedBatches, SplitCollator, outer_batches
 from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
 from diopt_lightning.data.reading import reading_of
-from diopt_lightning.data.sampling import EvaluationSampler, ResumableDataLoader, TokenRows, TrainSampler, longest_batch
+from diopt_lightning.data.sampling import (
+    EvaluationSampler,
+    ResumableDataLoader,
+    TokenRows,
+    TrainSampler,
+    check_positions,
+    longest_batch,
+)
 from diopt_lightning.data.splits import TaskSplits, read_data
 from diopt_lightning.data.tasks import Task, choose_instances
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, summary, tokenize
@@ -203,14 +210,8 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         return {level: loader.state_dict() for level, loader in self._train_loaders.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep positions for the loaders of a resumed run.
-
-        Raises:
-            ConfigurationError: If they are none.
-        """
-        for place in state_dict.values() if isinstance(state_dict, dict) else [None]:
-            if not isinstance(place, dict) or type(place.get("handed_out")) is not int:
-                raise ConfigurationError("The checkpoint does not say where its run was in the data: give another one.")
+        """Keep positions for the loaders of a resumed run."""
+        check_positions(state_dict)
         if is_fitting(self.trainer):
             self._positions = state_dict
 

@@ -26,9 +26,9 @@ class JoinedBatches(TrainSampler):
         super().__init__(*arguments, **options)
         self.together = together
 
-    def repeat(self, wanted: float) -> None:
+    def repeat(self, batches: float) -> None:
         """Repeat the batches of the first steps; see :class:`~diopt_lightning.data.sampling.TrainSampler`."""
-        super().repeat(wanted)
+        super().repeat(batches)
         self.repeated *= self.together
 
     def batch(self, step: int) -> list[Draw]:

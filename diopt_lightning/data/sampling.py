@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
 from diopt_lightning.data.workers import leave_signals_to_the_main_process
-from diopt_lightning.errors import require_at_least
+from diopt_lightning.errors import ConfigurationError, require_at_least
 
 Draw = tuple[int, int]
 """The index of a row, and a random number by which one of its references is chosen; or ``FILLING``."""
@@ -69,16 +69,16 @@ class TrainSampler(DistributedSampler[list[Draw]], SequentialSampler):
         self.num_batches = num_batches if num_batches is not None else self.pass_length
         self._order: tuple[int, list[list[int]]] | None = None
 
-    def repeat(self, wanted: float) -> None:
-        """Repeat so many of the first batches forever, or such a share of an epoch's; 0 for none."""
-        self.repeated = wanted if isinstance(wanted, int) else int(wanted * len(self))
-
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         for step in count(self.start):
             yield self.batch(step)
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def repeat(self, batches: float) -> None:
+        """Repeat the first batches forever, a number or a share of an epoch's; all of every pass for zero."""
+        self.repeated = batches if isinstance(batches, int) else int(batches * len(self))
 
     def batch(self, step: int) -> list[Draw]:
         """The batch of this process at a step."""
@@ -204,6 +204,17 @@ class ResumableDataLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from the position of :meth:`state_dict`."""
         self.handed_out = state["handed_out"]
+
+
+def check_positions(state: Any) -> None:
+    """Check what a checkpoint says of the positions of loaders.
+
+    Raises:
+        ConfigurationError: If it says something else.
+    """
+    for place in state.values() if isinstance(state, dict) else [None]:
+        if not isinstance(place, dict) or type(place.get("handed_out")) is not int:
+            raise ConfigurationError("The checkpoint does not say where its run was in the data: give another one.")
 
 
 def longest_batch(rows: Any, number: int, pad_token_id: int, end_token_id: int) -> Batch:

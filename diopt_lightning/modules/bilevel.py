@@ -1,7 +1,7 @@
 """The alternation: K inner steps, then one outer step, for any inner and outer loss."""
 
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
