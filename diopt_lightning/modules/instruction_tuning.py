@@ -21,7 +21,7 @@ from diopt_lightning.modules.micro_batches import process_weight
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.schedules import end_with_the_run
 from diopt_lightning.modules.skipping import SkippedSteps
-from diopt_lightning.modules.strategies import scales_losses, sharding_mesh
+from diopt_lightning.modules.strategies import refuse_underflow, scales_losses, sharding_mesh
 
 
 class InstructionTuning(InstructionEvaluation):
@@ -170,6 +170,7 @@ class InstructionTuning(InstructionEvaluation):
         own: dict[str, Any] = {"lr": self.instruction_lr}
         optimizer = self.optimizer(grouped(self.groups, (theta, {}), (phi, own), option="groups"))
         check_options(optimizer, self.groups, "groups")
+        refuse_underflow(optimizer)
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

@@ -1,9 +1,11 @@
 """Which of Lightning's strategies can carry a bilevel problem, and with what."""
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from diopt_lightning.bilevel import HypergradientEstimator, ImplicitEstimator, Unrolled
 from diopt_lightning.errors import ConfigurationError
@@ -118,6 +120,23 @@ def refuse_fabric(module: LightningModule) -> None:
             "`inner_loss(batch)` for the inner one, and the `gradient` of `estimate_hypergradient(inner_batch, "
             "outer_batch)` as `.grad` of the `outer_parameters()` for the outer one."
         )
+
+
+def refuse_underflow(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that divides by a number which is 0 in the precision of its parameters, as in ``16-true``.
+
+    Raises:
+        ConfigurationError: If it does.
+    """
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if isinstance(eps, float) and eps > 0 == torch.tensor(eps, dtype=dtype).item():
+                raise ConfigurationError(
+                    f"`eps` of {type(optimizer).__name__} is {eps}, which is 0 in {str(dtype).removeprefix('torch.')}: "
+                    "its steps would not be finite. Set it to 1.0e-4 or more, or `trainer.precision` to `bf16-true` or "
+                    "`32-true`."
+                )
 
 
 def named(estimator: HypergradientEstimator) -> str:
