@@ -149,5 +149,5 @@ def test_beams_of_a_backbone_without_are_refused():
     class Greedy(RandomSeq2Seq):
         searches_beams = False
 
-    with pytest.raises(ConfigurationError, match="`num_beams` must be 1 for Greedy, got 2: it is greedy"):
+    with pytest.raises(ConfigurationError, match="`num_beams` must be 1 for Greedy, got 2"):
         InstructionTuning(Greedy(dict(TINY_T5)), num_beams=2)

@@ -60,9 +60,7 @@ class InstructionEvaluation(pl.LightningModule):
         super().__init__()
         require_at_least(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
         if num_beams > 1 and not backbone.searches_beams:
-            raise ConfigurationError(
-                f"`num_beams` must be 1 for {type(backbone).__name__}, got {num_beams}: it is greedy."
-            )
+            raise ConfigurationError(f"`num_beams` must be 1 for {type(backbone).__name__}, got {num_beams}.")
         self.num_beams = num_beams
         if not 0 <= label_smoothing < 1:
             raise ConfigurationError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing}.")
