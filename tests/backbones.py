@@ -85,6 +85,9 @@ def made(make: Make | str, tokenizer: Any, inner_parameters: InnerParameters | N
     with torch.no_grad():  # as drawn, some models hardly look at their input
         for parameter in backbone.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+        for module in backbone.modules():  # as drawn and as trained; some families tell padding by it
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0
     return backbone
 
 

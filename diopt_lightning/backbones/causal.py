@@ -1,15 +1,14 @@
 """Causal models of transformers: GPT-2, Llama, Qwen, Gemma."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.generation import greedy
 from diopt_lightning.backbones.random_weights import RandomWeights
-from diopt_lightning.backbones.rows import compact, insert, token_losses
-from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.backbones.rows import compact, token_losses
+from diopt_lightning.backbones.transformer import Source, TransformersBackbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.text_format import TextFormat, causal_format, chat_format
 from diopt_lightning.errors import ConfigurationError
@@ -66,7 +65,7 @@ class Causal(TransformersBackbone):
         self, batch: Batch, instruction: InstructionEmbeddings | None, label_smoothing: float = 0.0
     ) -> Tensor:
         """Losses ``(batch,)``; see :class:`Backbone`."""
-        embeddings, mask = self._source(batch, instruction)
+        embeddings, mask = self.read(batch, instruction)
         is_target = batch.labels != IGNORED_LABEL
         targets = self.embedding(batch.labels.masked_fill(~is_target, self._pad))
         labels = torch.cat([torch.full_like(mask, IGNORED_LABEL), batch.labels], dim=1)
@@ -77,25 +76,14 @@ class Causal(TransformersBackbone):
         first = int((labels != IGNORED_LABEL).int().argmax(dim=1).min())
         predicting = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
         output = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, logits_to_keep=predicting)
-        return token_losses(output.logits, labels[:, first:], label_smoothing)
+        # A few families compute all of them nevertheless.
+        every = output.logits.shape[1] == labels.shape[1] > len(predicting)
+        logits = output.logits[:, predicting] if every else output.logits
+        return token_losses(logits, labels[:, first:], label_smoothing)
 
-    @torch.no_grad()
-    def generate(
-        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
-    ) -> Tensor:
-        """Outputs ``(batch, up to max_new_tokens)``; see :class:`Backbone`."""
-        model, options = self.language_model, self.generation_options(max_new_tokens, num_beams=num_beams)
-        if instruction is None:
-            return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
-        embeddings, mask = self._source(batch, instruction)
-        return greedy(model, options, mask, inputs_embeds=embeddings)
-
-    def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
-        """Instruction and input, ``(batch, length, dim)``, and their mask, with gaps."""
-        embeddings = self.embedding(batch.input_ids)
-        if instruction is None:
-            return embeddings, batch.attention_mask
-        return insert(instruction, embeddings, batch.attention_mask, self._before)
+    def logits(self, source: Source, ids: Tensor, left_out: int) -> Tensor:
+        """Logits of one piece; see :class:`TransformersBackbone`."""
+        return cast(Tensor, self.model(**source(ids[:, : ids.shape[1] - left_out]), use_cache=False).logits)
 
 
 class RandomCausal(RandomWeights, Causal):

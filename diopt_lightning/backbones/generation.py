@@ -1,33 +1,43 @@
-"""Greedy generation by transformers, in which a row does not depend on others nor on what ships with a model."""
+"""Generation by transformers, in which a row does not depend on others nor on what ships with a model."""
 
 import inspect
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from diopt_lightning.backbones.rows import compact
+from diopt_lightning.errors import ConfigurationError
 
 
-def greedy(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **source: Tensor) -> Tensor:
-    """Generate greedily for each row what would be generated for it alone.
+def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **source: Tensor) -> Tensor:
+    """Generate for each row what would be generated for it alone, greedily or by a search with beams.
 
-    Nothing of ``generation_config.json`` acts: no least length, no forced, suppressed or repeated tokens, no beams.
+    Nothing of ``generation_config.json`` acts: no least length, no forced, suppressed or repeated tokens.
 
     Args:
         model: The model, in evaluation mode.
-        options: Limit and special tokens.
+        options: Limit, beams and special tokens.
         mask: 1 where a row has something ``(batch, length)``.
         source: ``input_ids`` ``(batch, length)`` or ``inputs_embeds`` ``(batch, length, dim)``.
 
     Returns:
         Tokens ``(batch, up to the limit)``; of an encoder-decoder model, behind that with which a decoder begins.
+
+    Raises:
+        ConfigurationError: If there are several beams, and the family's generation takes no vectors.
     """
     ((name, column),) = source.items()
     in_one_piece = not model.config.is_encoder_decoder
     lengths = mask.sum(dim=1)
-    groups = [lengths == length for length in set(lengths.tolist())] if sees_padding(model) else [lengths >= 0]
+    alone = name == "inputs_embeds" and in_one_piece and not goes_on_from_vectors(model)
+    if alone and options.num_beams != 1:
+        raise ConfigurationError(
+            f"`num_beams` is {options.num_beams}, and {type(model).__name__} is greedy behind an instruction: set 1."
+        )
+    groups = [lengths == n for n in set(lengths.tolist())] if alone or sees_padding(model) else [lengths >= 0]
     found: dict[int, Tensor] = {}
     # `generate` takes from the model what its options leave open.
     shipped, model.generation_config = model.generation_config, options
@@ -35,7 +45,10 @@ def greedy(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **so
         for group in groups:
             # What is generated goes on from the last position, which must be that of a token.
             used, read = compact(mask[group], column[group], left=in_one_piece)
-            made = cast(Any, model).generate(generation_config=options, attention_mask=used, **{name: read})
+            if alone:
+                made = by_repetition(model, options, read)
+            else:
+                made = cast(Any, model).generate(generation_config=options, attention_mask=used, **{name: read})
             # Ids are given back before what goes on from them.
             new = made[:, read.shape[1] :] if in_one_piece and name == "input_ids" else made
             found |= dict(zip(group.nonzero().flatten().tolist(), new, strict=True))
@@ -43,6 +56,24 @@ def greedy(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **so
         model.generation_config = shipped
     ordered = [found[row] for row in range(len(mask))]
     return pad_sequence(ordered, batch_first=True, padding_value=cast(int, options.pad_token_id))
+
+
+def by_repetition(model: PreTrainedModel, options: GenerationConfig, vectors: Tensor) -> Tensor:
+    """Generate greedily behind vectors ``(batch, length, dim)`` by reading all of them again for each token."""
+    ends = torch.tensor(options.eos_token_id, device=vectors.device)
+    ended = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    made: list[Tensor] = []
+    while len(made) < cast(int, options.max_new_tokens) and not ended.all():
+        following = cast(Any, model)(inputs_embeds=vectors, use_cache=False).logits[:, -1].argmax(dim=-1)
+        made.append(following.masked_fill(ended, cast(int, options.pad_token_id)))
+        ended |= torch.isin(following, ends)
+        vectors = torch.cat([vectors, model.get_input_embeddings()(made[-1]).unsqueeze(1)], dim=1)
+    return torch.stack(made, dim=1)
+
+
+def goes_on_from_vectors(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` of a causal model takes vectors."""
+    return "inputs_embeds" in inspect.signature(cast(Any, model).prepare_inputs_for_generation).parameters
 
 
 def sees_padding(model: PreTrainedModel) -> bool:
@@ -54,3 +85,8 @@ def sees_padding(model: PreTrainedModel) -> bool:
     if model.config.is_encoder_decoder:
         return False
     return model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters
+
+
+def generates_by_length(model: PreTrainedModel) -> bool:
+    """Whether :func:`generate_rows` takes rows of one length at a time, at least where they have an instruction."""
+    return not model.config.is_encoder_decoder and (sees_padding(model) or not goes_on_from_vectors(model))

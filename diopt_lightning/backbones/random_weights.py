@@ -8,6 +8,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from diopt_lightning.backbones.transformer import TransformersBackbone
 from diopt_lightning.errors import ConfigurationError, users_mistake
 
+# Their positions pass over the pad token: a decoder that began with it would count otherwise with a cache than without.
+BEGINS_WITH_END = ("m2m_100", "nllb-moe")
+
 
 class RandomWeights(TransformersBackbone):
     """Common to models that are drawn for a configuration; stands before their family among a class's bases.
@@ -33,16 +36,15 @@ class RandomWeights(TransformersBackbone):
 
     def make(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> PreTrainedModel:
         """Draw the weights; see :class:`TransformersBackbone`."""
+        begins_with_end = self.options["model_type"] in BEGINS_WITH_END
+        start = tokenizer.eos_token_id if begins_with_end else tokenizer.pad_token_id
         options = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             # A decoder that reads a source from an encoder begins with the pad token, as in T5.
-            **(
-                {"decoder_start_token_id": tokenizer.pad_token_id}
-                if self.is_encoder_decoder
-                else {"bos_token_id": tokenizer.bos_token_id}
-            ),
+            **({"decoder_start_token_id": start} if self.is_encoder_decoder else {}),
+            **({"bos_token_id": tokenizer.bos_token_id} if not self.is_encoder_decoder and tokenizer.bos_token else {}),
             **self.options,
         }
         family = self.family.partition(" ")[2]  # without its article

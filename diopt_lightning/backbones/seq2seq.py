@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.generation import greedy
 from diopt_lightning.backbones.random_weights import RandomWeights
-from diopt_lightning.backbones.rows import compact, insert, token_losses
-from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.backbones.rows import compact, token_losses
+from diopt_lightning.backbones.transformer import Source, TransformersBackbone
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch
 from diopt_lightning.data.text_format import TextFormat, encoder_decoder_format
 from diopt_lightning.errors import ConfigurationError
@@ -55,13 +54,8 @@ class Seq2Seq(TransformersBackbone):
         """Source and target are sequences of their own; see :class:`Backbone`."""
         return encoder_decoder_format(tokenizer)
 
-    def build(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make the model; see :class:`Backbone`."""
-        super().build(tokenizer)
-        self._start = self._decoder_start(self.text_format(tokenizer))
-
-    def _decoder_start(self, text_format: TextFormat) -> int:
-        """The token that stands before a target where the family itself trains; some wrap its last one around."""
+    def decoder_start(self, text_format: TextFormat) -> int:
+        """What stands before a target where the family itself trains; some wrap its last token around."""
         model = cast(Any, self.language_model)
         with suppress(AttributeError, TypeError, ValueError):  # it has no such method, or its configuration no token
             labels = torch.tensor([[*text_format.target_before, self._pad + 1, *text_format.target_after]])
@@ -79,40 +73,33 @@ class Seq2Seq(TransformersBackbone):
         # T5's positions are relative, and its configuration names none.
         self._check_positions(max(source, target), "A source or a target")
 
+    def read(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
+        """What the encoder reads, padded at the end; see :class:`TransformersBackbone`."""
+        embeddings, mask = super().read(batch, instruction)
+        if instruction is not None:
+            mask, embeddings = compact(mask, embeddings)
+        return embeddings, mask
+
     def target_losses(
         self, batch: Batch, instruction: InstructionEmbeddings | None, label_smoothing: float = 0.0
     ) -> Tensor:
         """Losses ``(batch,)``; see :class:`Backbone`."""
-        embeddings, mask = self._source(batch, instruction)
-        targets = batch.labels.masked_fill(batch.labels == IGNORED_LABEL, self._pad)
+        embeddings, mask = self.read(batch, instruction)
         output = self.model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            decoder_input_ids=F.pad(targets[:, :-1], (1, 0), value=self._start),
+            decoder_input_ids=self._shifted(batch.labels.masked_fill(batch.labels == IGNORED_LABEL, self._pad)),
             use_cache=False,
         )
         return token_losses(output.logits, batch.labels, label_smoothing)
 
-    @torch.no_grad()
-    def generate(
-        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
-    ) -> Tensor:
-        """Outputs ``(batch, up to max_new_tokens + 1)``; see :class:`Backbone`."""
-        model = self.language_model
-        options = self.generation_options(max_new_tokens, num_beams=num_beams, decoder_start_token_id=self._start)
-        if instruction is None:
-            return greedy(model, options, batch.attention_mask, input_ids=batch.input_ids)
-        embeddings, mask = self._source(batch, instruction)
-        return greedy(model, options, mask, inputs_embeds=embeddings)
+    def logits(self, source: Source, ids: Tensor, left_out: int) -> Tensor:
+        """Logits of a target; see :class:`TransformersBackbone`."""
+        target = self._shifted(ids)[:, : ids.shape[1] - left_out]
+        return cast(Tensor, self.model(**source(ids), decoder_input_ids=target, use_cache=False).logits)
 
-    def _source(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
-        """What the encoder reads, ``(batch, length, dim)``, and its mask, padded at the end."""
-        embeddings = self.embedding(batch.input_ids)
-        if instruction is None:
-            return embeddings, batch.attention_mask
-        embeddings, mask = insert(instruction, embeddings, batch.attention_mask, self._before)
-        mask, embeddings = compact(mask, embeddings)
-        return embeddings, mask
+    def _shifted(self, targets: Tensor) -> Tensor:
+        return F.pad(targets[:, :-1], (1, 0), value=cast(int, self._start))
 
 
 class RandomSeq2Seq(RandomWeights, Seq2Seq):

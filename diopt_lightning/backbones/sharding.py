@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from transformers import PreTrainedModel
 
 from diopt_lightning.backbones.base import Backbone
+from diopt_lightning.backbones.generation import generates_by_length
 from diopt_lightning.backbones.inner_parameters import transformer_layers
 from diopt_lightning.bilevel.sharding import is_sharded
 from diopt_lightning.errors import ConfigurationError
@@ -24,12 +25,18 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
         mesh: The processes.
 
     Raises:
-        ConfigurationError: If the backbone is compiled.
+        ConfigurationError: If the backbone is compiled, or generates for rows of one length at a time.
     """
     if getattr(backbone, "compile_model", False):
         raise ConfigurationError(
             "`compile` is true, and a compiled model has not been made to work under ModelParallelStrategy (FSDP2): "
             "set it to false, or use `ddp` where the model fits one GPU."
+        )
+    model = getattr(backbone, "language_model", None)
+    if model is not None and generates_by_length(model):
+        raise ConfigurationError(
+            f"{type(model).__name__} generates for rows of one length at a time, and processes that share a model must "
+            "run it equally often: use `ddp` where the model fits one GPU."
         )
     for module in (*transformer_layers(backbone), backbone):
         # Layer by layer, so that no device ever holds the whole model.

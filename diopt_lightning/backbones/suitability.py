@@ -8,48 +8,56 @@ from transformers import PreTrainedModel
 
 from diopt_lightning.errors import ConfigurationError
 
-Logits = Callable[[bool, int], Tensor]
-"""Logits ``(1, length, vocabulary)`` by ids or by vectors (true), with so many of the last target tokens left out."""
+# What they generate with a cache is not what they predict without, or depends on what was generated before.
+UNFIT = ("ctrl", "prophetnet", "recurrent_gemma", "seamless_m4t", "seamless_m4t_v2")
 
 
-def check_suitability(model: PreTrainedModel, name: str, logits: Logits, generate: Callable[[], Tensor]) -> None:
+def check_suitability(
+    model: PreTrainedModel, name: str, logits: Callable[[bool, int], Tensor], generate: Callable[[bool], Tensor]
+) -> None:
     """Check that a model reads vectors as it reads their tokens, does not look ahead in a target, and generates.
 
     Args:
         model: The model.
         name: What the user calls it.
-        logits: Computes logits of a short text.
-        generate: Generates from it.
+        logits: Logits ``(1, length, vocabulary)`` of a short text, by vectors or by ids, and with so many tokens of its
+            end left out.
+        generate: Generates from the text, by vectors or by ids.
 
     Raises:
         ConfigurationError: If it does not.
     """
     if model.device.type == "meta":
         return
-    training = model.training
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.train(False)
-        try:
-            by_ids, by_vectors, shorter = logits(False, 0), logits(True, 0), logits(True, 1)
-            generate()
-        except Exception as error:
-            said = (str(error).strip().splitlines() or [""])[0]
-            raise ConfigurationError(
-                f"{type(model).__name__} ({name}) does not work with vectors in the place of tokens, or does not "
-                f"generate ({type(error).__name__}: {said}): use another family of models, or options of its "
-                "configuration that let it."
-            ) from error
-        finally:
-            model.train(training)
-    # In half precision two ways to compute the same differ by much more.
-    limit = (1e-3 if by_ids.dtype == torch.float32 else 0.1) * by_ids.std()
-    if (by_ids - by_vectors).abs().max() > limit:
+    kind, training = f"{type(model).__name__} ({name})", model.training
+    if model.config.model_type in UNFIT:
         raise ConfigurationError(
-            f"{type(model).__name__} ({name}) reads tokens otherwise than their embeddings, and an instruction is made "
-            "of embeddings: use another family of models."
+            f"{kind} does not generate what it predicts where a target is given: use another family of models."
         )
-    if (by_vectors[:, : shorter.shape[1]] - shorter).abs().max() > limit:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.train(False)
+            read, shorter, by_ids = logits(True, 0), logits(True, 1), logits(False, 0)
+            # In half precision two ways to compute the same thing differ by much more.
+            limit = (1e-3 if read.dtype == torch.float32 else 0.1) * read.std()
+            differ = bool((read - by_ids).abs().max() > limit)
+            looks_ahead = bool((read[:, : shorter.shape[1]] - shorter).abs().max() > limit)
+            generate(False), generate(True)
+    except Exception as error:  # whatever a family raises for what it does not have
+        said = (str(error).strip().splitlines() or [""])[0]
         raise ConfigurationError(
-            f"{type(model).__name__} ({name}) looks ahead at the target that it is to predict: use another family of "
-            "models, or set `is_decoder` to true in its configuration if it has that."
+            f"{kind} does not take vectors in the place of tokens, or does not generate from them "
+            f"({type(error).__name__}: {said}): use another family of models, or another configuration of this one."
+        ) from error
+    finally:
+        model.train(training)
+    if looks_ahead:
+        raise ConfigurationError(
+            f"{kind} sees the tokens that it is to predict: use another family of models, or set `is_decoder` to true "
+            "in its configuration if it has that."
+        )
+    if differ:
+        raise ConfigurationError(
+            f"{kind} reads tokens otherwise than their embeddings, and a learned instruction is made of embeddings: "
+            "use another family of models."
         )

@@ -1,16 +1,26 @@
 """What the families of transformers' models share: how a model is made."""
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diopt_lightning.backbones.base import Backbone
+from diopt_lightning.backbones.generation import generate_rows
 from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
+from diopt_lightning.backbones.rows import insert
+from diopt_lightning.backbones.suitability import check_suitability
 from diopt_lightning.bilevel import checkpoint_activations
+from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.files import load_pretrained
+from diopt_lightning.data.text_format import TextFormat
 from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.instructions.base import InstructionEmbeddings
+
+Source = Callable[[Tensor], dict[str, Tensor]]
 
 
 class TransformersBackbone(Backbone):
@@ -97,6 +107,8 @@ class TransformersBackbone(Backbone):
         self._before, self._pad = len(text_format.before), cast(int, tokenizer.pad_token_id)
         # The configurations of models name other tokens, or none: the end is what targets end with.
         self._ends = sorted({text_format.stop, cast(int, tokenizer.eos_token_id)})
+        self._start = self.decoder_start(text_format)
+        self._check_suitability(torch.tensor([text_format.source(tokenizer, "Input: 7, 8.\nOutput:", 10**6)[0]]))
         if self.compile_model:
             # Batches differ in length: one program for all lengths.
             self.model.compile(dynamic=True)
@@ -106,10 +118,57 @@ class TransformersBackbone(Backbone):
         """The model of transformers itself, inside of its adapters if there are any."""
         return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
 
-    def generation_options(self, max_new_tokens: int, **options: int) -> GenerationConfig:
-        """All that decides what is generated, beside the model."""
-        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": self._pad}
-        return cast(GenerationConfig, cast(Any, GenerationConfig)(eos_token_id=self._ends, **options))
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, max_new_tokens: int, instruction: InstructionEmbeddings | None = None, num_beams: int = 1
+    ) -> Tensor:
+        """Outputs, those of a decoder behind what it begins with; see :class:`Backbone`."""
+        if instruction is None:
+            return self._generate(max_new_tokens, num_beams, batch.attention_mask, input_ids=batch.input_ids)
+        embeddings, mask = self.read(batch, instruction)
+        return self._generate(max_new_tokens, num_beams, mask, inputs_embeds=embeddings)
+
+    def _generate(self, max_new_tokens: int, num_beams: int, mask: Tensor, **source: Tensor) -> Tensor:
+        options = cast(Any, GenerationConfig)(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            eos_token_id=self._ends,
+            pad_token_id=self._pad,
+            decoder_start_token_id=self._start,
+        )
+        return generate_rows(self.language_model, options, mask, **source)
+
+    def read(self, batch: Batch, instruction: InstructionEmbeddings | None) -> tuple[Tensor, Tensor]:
+        """Instruction and input, ``(batch, length, dim)``, and their mask, which may have gaps."""
+        embeddings = self.embedding(batch.input_ids)
+        if instruction is None:
+            return embeddings, batch.attention_mask
+        return insert(instruction, embeddings, batch.attention_mask, self._before)
+
+    def decoder_start(self, text_format: TextFormat) -> int | None:
+        """The token that an encoder-decoder model's decoder begins with."""
+        return None
+
+    @abstractmethod
+    def logits(self, source: Source, ids: Tensor, left_out: int) -> Tensor:
+        """Logits ``(1, length, vocabulary)`` of what follows each of some ids, without the last ``left_out`` of them.
+
+        Args:
+            source: Makes what the model reads from ids: themselves as ``input_ids``, or ``inputs_embeds``.
+            ids: The ids ``(1, length)`` of a source, and of a target where that is another sequence.
+            left_out: How many ids of the target are not read.
+        """
+
+    def _check_suitability(self, ids: Tensor) -> None:
+        def source(by_vectors: bool) -> Source:
+            return lambda ids: {"inputs_embeds": self.embedding(ids)} if by_vectors else {"input_ids": ids}
+
+        check_suitability(
+            self.language_model,
+            self.name,
+            lambda by_vectors, left_out: self.logits(source(by_vectors), ids, left_out),
+            lambda by_vectors: self._generate(2, 1, torch.ones_like(ids), **source(by_vectors)(ids)),
+        )
 
     def frozen_names(self) -> list[str]:
         """Names of what was loaded and is not learned; see :class:`Backbone`."""
