@@ -48,7 +48,6 @@ TEMPLATES = {
     "letters outside ASCII": turns("<\u7528\u6237>CONTENT", "<AI>CONTENT</s>"),
     "end of the user is the end": alike("CONTENT</s>"),
     "channels": turns("<|im_start|>user<|user|>CONTENT<|im_end|>", "<|im_start|>assistant<|user|>CONTENT</s>", "<s>"),
-    "quoted": turns("user: {{ m['content'] | tojson }}\n", 'answer: "CONTENT"</s>'),
     "date by argument": alike(CHATML, "<|im_start|>system\nToday is {{ date_string }}.<|im_end|>\n"),
     "numbered": "{% for m in messages %}{{ loop.index }}. {{ m['content'] }}{{ eos_token if loop.last }}\n{% endfor %}",
     "length of the question": turns("{{ m['content'] | length }}|CONTENT|", "CONTENT</s>"),
@@ -62,12 +61,15 @@ REFUSED = {
     "question twice": (turns("CONTENT CONTENT", "CONTENT</s>"), "no template that shows a question and an answer"),
     "no answers": (turns("CONTENT", "</s>"), "no template that shows a question and an answer"),
     "capitals": (turns("CONTENT", "{{ m['content'] | upper | lower }}</s>"), "no template that shows"),
+    "quoted": (turns("user: {{ m['content'] | tojson }}\n", 'answer: "CONTENT"</s>'), "no template that shows"),
     "parts": (turns("{{ m['content'][0]['text'] }}", "CONTENT</s>"), "no template that shows"),
     "length of the answer": (
         turns("CONTENT", "{{ m['content'] | length }} CONTENT</s>"),
         "joins the answer .* stands where .* is expected",
     ),
 }
+# Templates whose seams a tokenizer joins with what stands beside them, differently for each text.
+JOINED = [("only white space between", "byte level"), ("letters outside ASCII", "words alone")]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 CORPUS = ["the answer is yes, USER: ASSISTANT: Output: [INST] [/INST]\n\n\n### Response: castle  moon  \n 42. (no)"] * 9
 

@@ -241,10 +241,12 @@ class InstructionEvaluation(pl.LightningModule):
         size = batch.target_tokens if bool((batch.instance >= 0).all()) else 0
         loss = loss if size else torch.zeros_like(loss)  # which may be 0 / 0
         shown: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
-        self.log(f"{name}/loss", loss, batch_size=size, prog_bar=name == "dev", **shown)
+        # Lightning takes the mean of sizes over the processes in whole numbers, rounded down.
+        times = self.trainer.world_size
+        self.log(f"{name}/loss", loss, batch_size=times * size, prog_bar=name == "dev", **shown)
         predictions = of_prompt(name, self.predict_step(batch, 0))
         length = sum(prediction["generated_tokens"] for prediction in predictions) / max(1, len(predictions))
-        self.log(f"{name}/gen_len", length, batch_size=len(predictions), **shown)
+        self.log(f"{name}/gen_len", length, batch_size=times * len(predictions), **shown)
         getattr(self, f"{name}_metrics").update(predictions)
         return predictions
 
