@@ -85,6 +85,7 @@ def test_checkpointed_layers_in_micro_batches_train_as_the_plain_model_does(esti
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one(blank_exemplars, tmp_path, monkeypatch):
     compiled: list[int] = []
 

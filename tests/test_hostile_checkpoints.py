@@ -92,6 +92,7 @@ def test_a_checkpoint_is_read_as_a_run_has_saved_it_or_refused(reader, right, tm
     print(reader, found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
 def test_commands_end_with_one_sentence(tmp_path, capfd):
     arguments = [*small_run(tmp_path), "--test_after_fit=false"]

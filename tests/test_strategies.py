@@ -195,17 +195,10 @@ def test_processes_with_unequal_shares_evaluate_together(batch_size, blank_exemp
         module, tasks = optimization("embedder", BACKBONES["t5"]()), data(five_rows, tmp_path)
         tasks.evaluation_batch_size = batch_size
         trainer = sharding_trainer(default_root_dir=tmp_path, callbacks=[Results(table=False)])
-        if batch_size == 1:
-            with pytest.raises(
-                ConfigurationError, match=r"\[2, 3\] batches.*`data.evaluation_batch_size` to 2 or more"
-            ):
-                trainer.test(module, tasks, verbose=False)
-        else:
-            trainer.test(module, tasks, verbose=False)
+        trainer.test(module, tasks, verbose=False)
 
     on_two_processes(work)
-    if batch_size > 1:
-        assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 5
 
 
 ONE_OR_MORE = r"`ModelParallelStrategy` \(FSDP2\) with `data_parallel_size` .* and `tensor_parallel_size` to 1"

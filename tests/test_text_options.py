@@ -92,13 +92,14 @@ def test_several_prompts_of_one_test_are_scored_as_each_alone(blank_exemplars, t
     for name, prompt in PROMPTS.items():
         alone, file, dev_alone = tested(tmp_path / name, prompt)
         scores = {key.replace(f"/{name}/", "/"): value for key, value in together.items() if f"/{name}/" in key}
-        assert scores == alone
+        # Of several prompts the official names do not tell which one they are of.
+        assert scores == {key: value for key, value in alone.items() if key.startswith("test/")}
         lines = [json.loads(line) for line in files[f"predictions_{name}.jsonl"].splitlines()]
         assert {line.pop("prompt") for line in lines} == {name}
         assert lines == [json.loads(line) for line in file["predictions.jsonl"].splitlines()]
         assert (dev == dev_alone) == (name == "none")  # dev tasks have the first prompt
     assert together["test/none/loss"] != together["test/one_example/loss"]
-    assert len(together) == 2 * len(alone)
+    assert len(together) == 2 * len(scores)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [({}, "got none"), ({"a/b": PromptFormat()}, "got the name 'a/b'")])
@@ -151,3 +152,9 @@ def test_beams_of_a_backbone_without_are_refused():
 
     with pytest.raises(ConfigurationError, match="`num_beams` must be 1 for Greedy, got 2"):
         InstructionTuning(Greedy(dict(TINY_T5)), num_beams=2)
+
+
+def test_an_optimizer_that_divides_by_zero_in_half_precision_is_refused(blank_exemplars, tmp_path):
+    module = InstructionTuning(RandomSeq2Seq(dict(TINY_T5)), optimizer=torch.optim.Adam)
+    with pytest.raises(ConfigurationError, match="`eps` of Adam is 1e-08, which is 0 in float16"):
+        quiet_trainer(max_steps=1, precision="16-true").fit(module, data(blank_exemplars, tmp_path))

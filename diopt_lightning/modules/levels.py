@@ -21,12 +21,7 @@ from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
 from diopt_lightning.modules.schedules import end_with_the_run, steps_of_a_run
-from diopt_lightning.modules.strategies import (
-    check_strategy,
-    refuse_loss_scaling,
-    refuse_trainers_own,
-    refuse_underflow,
-)
+from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling, refuse_trainers_own
 
 
 @dataclass
@@ -82,7 +77,6 @@ class Level:
         given = grouped(self.groups, (named, {}), option=option) if self.groups else parameters
         optimizer = check_optimizer(self.name, self.make_optimizer(given), parameters)
         check_options(optimizer, self.groups, option)
-        refuse_underflow(optimizer)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.make_scheduler(optimizer)

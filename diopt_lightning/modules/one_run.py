@@ -38,6 +38,7 @@ class OneRun(TwoLevels):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Begin a run, unless a checkpoint has, and make both optimizers; see :class:`TwoLevels`."""
+        optimizers = super().configure_optimizers()
         trainer = self._trainer
         if trainer is not None and (trainer.strategy.restore_checkpoint_after_setup or not trainer.ckpt_path):
             goes_on = 0 < self.inner_steps_taken == trainer.global_step
@@ -45,7 +46,7 @@ class OneRun(TwoLevels):
             self._begin_run()
             # Not zero where the same trainer is told to fit again, which goes on with its own run.
             self.inner_steps_taken, self.outer_steps_taken = trainer.global_step, outer_steps
-        return super().configure_optimizers()
+        return optimizers
 
     def on_train_start(self) -> None:
         """Let schedules end with the run, and warn of one that is too short for an outer step."""

@@ -347,7 +347,7 @@ CAUSES = {
 @pytest.mark.parametrize("product", SECOND_ORDER)
 @pytest.mark.parametrize("cause", CAUSES)
 def test_models_without_second_derivatives_get_one_error_that_names_what_works(cause, product):
-    message = f"{product.__name__} needs second derivatives, and .*Use `FiniteDifference`"
+    message = f"{product.__name__} needs second derivatives, and .*Otherwise use `FiniteDifference`"
     with pytest.raises(ConfigurationError, match=message) as caught:
         Neumann(step_size=0.1, product=product())(unfriendly(cause))
     if product is DoubleBackward:

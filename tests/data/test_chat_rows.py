@@ -49,7 +49,7 @@ def test_a_row_is_what_the_tokenizer_makes_of_the_dialogue(name, kind, question,
 
 @pytest.mark.parametrize(("name", "kind"), JOINED)
 def test_seams_that_a_tokenizer_joins_are_refused_with_the_difference(name, kind):
-    with pytest.raises(ConfigurationError, match="cannot be taken apart .* stands where .* is expected"):
+    with pytest.raises(ConfigurationError, match=r"cannot be taken apart .* stands where .* is expected"):
         made(kind, name)
 
 

@@ -51,6 +51,9 @@ from diopt_lightning.resuming.checkpoint_reading import understood
 from tests.audit import CANARY, nothing_run_or_written_outside
 from tests.conftest import TINY_T5, task_document
 
+# Ten thousand inputs take minutes; `test_strangers`, `test_mistakes` and `test_broken_files` have some of each kind.
+pytestmark = pytest.mark.slow
+
 ALL_KINDS = 25
 COUNTS: dict[str, Counter[str]] = defaultdict(Counter)
 PROFILE = settings(
@@ -1014,7 +1017,7 @@ def test_fit_takes_texts_that_are_odd_and_right(folder, capfd):
     folder.list("train").write_text("\n".join(NAMES))
     for name in [*NAMES, "tested"]:
         document = task_document(name, Categories=[odd, odd], Definition=odd)
-        document["Positive Examples"] = [{"input": odd, "output": f"{index}{odd}"} for index in range(3)]
+        document["Positive Examples"] = [{"input": f"{index}{odd}", "output": f"{index}{odd}"} for index in range(3)]
         document["Instances"] = [{"id": odd, "input": odd, "output": [odd, ""]}] * 3
         folder.task(name).write_text(json.dumps(document))
     with time_limit(120), nothing_run_or_written_outside(folder.root.parent):
