@@ -147,8 +147,8 @@ def check_losses_do_not_depend_on_other_rows(make: Make) -> None:
         assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
         assert torch.allclose(backbone.loss(batch), together.sum() / (batch.labels != IGNORED_LABEL).sum())
         tenth, half = (backbone.target_losses(batch, None, share) - together for share in (0.1, 0.5))
-        assert half.abs().min() > 1e-3  # label smoothing is heard, and is linear
-        assert torch.allclose(5 * tenth, half, rtol=1e-3)
+        assert half.abs().max() > 1e-3  # label smoothing is heard, and is linear
+        assert torch.allclose(5 * tenth, half, rtol=1e-3, atol=1e-4)  # differences of losses near 5 in float32
 
 
 def check_generation_does_not_depend_on_other_rows(make: Make) -> None:

@@ -32,7 +32,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["dropout", "dropout_rate", "dropout_prob", "attention_dropout", "activation_dropout"], 0.0),
     **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "hidden_dropout_prob"], 0.0),
     **dict.fromkeys(["attention_probs_dropout_prob", "emb_pdrop", "resid_dropout", "embed_dropout"], 0.0),
-    **dict.fromkeys(["encoder_layerdrop", "decoder_layerdrop", "layerdrop"], 0.0),
+    **dict.fromkeys(["encoder_layerdrop", "decoder_layerdrop", "layerdrop", "residual_dropout"], 0.0),
+    **dict.fromkeys(["router_jitter_noise", "input_jitter_noise"], 0.0),
     "mamba_d_ssm": 32,
     "max_position_embeddings": 128,
 }
@@ -80,6 +81,7 @@ def sizes(config: PretrainedConfig) -> dict[str, Any]:
 # They read pictures or sound too, by parts that have sizes of their own.
 LARGE = (
     *("blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_text", "gemma4_unified", "git"),
+    "gemma4_assistant",
     *("got_ocr2", "llama4", "longcat_flash", "mllama", "moss_transcribe_diarize", "phi4_multimodal", "qwen3_5"),
     *("qwen3_5_moe", "audioflamingo3", "encoder-decoder", "glmasr", "granite_speech", "granite_speech_plus"),
     *("musicflamingo", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "t5gemma", "t5gemma2", "vibevoice_asr", "voxtral"),

@@ -84,7 +84,8 @@ def run(arguments: dict[str, Any], folder: Path) -> None:
         assert 10 < len(refused) < 500, refused
         return
     assert module.inner_steps_taken == trainer.global_step
-    assert module.outer_steps_taken == trainer.global_step // 2
+    # A trial run takes one whatever a round is.
+    assert module.outer_steps_taken == max(trainer.global_step // 2, bool(trainer.fast_dev_run))
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     if trainer.max_steps >= 0:
         assert trainer.global_step <= trainer.max_steps
@@ -103,6 +104,6 @@ def check(examples: int) -> Any:
     return works_or_is_refused
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_every_subset_of_the_trainers_arguments_works_or_is_refused(examples):
     check(examples)()
