@@ -67,7 +67,8 @@ class Form(NamedTuple):
     learns: bool = True
 
 
-POOL = CandidatePool(instances=False)
+# One real task has two positive examples, of which one is an instance: negative ones make up for it.
+POOL = CandidatePool(negative_examples=True, instances=False)
 FORMS = {
     "embedder": Form(lambda: EmbedderDP(length=3)),
     "embedder_definition": Form(lambda: EmbedderDP(length=3, init=Definition())),
