@@ -104,6 +104,6 @@ def check(examples: int) -> Any:
     return works_or_is_refused
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_every_subset_of_the_trainers_arguments_works_or_is_refused(examples):
     check(examples)()
