@@ -95,6 +95,8 @@ def lead(arguments: list[str], said: Path, places: list[Path], port: int, nodes:
 def take_part(arguments: list[str], rank: int, places: list[Path], port: int, nodes: bool) -> None:
     """Run the command line as one of several processes, as Lightning would have started it."""
     torch.set_num_threads(1)
+    # Or else Lightning gives the only process of a node all cores, for which a forked process has no threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
     sys.argv = ["diopt", *(argument.replace("{rank}", str(rank)) for argument in arguments)]
     if len(places) > 1:
         found = {
