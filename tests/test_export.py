@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
@@ -472,6 +472,7 @@ ADAPTED = {
 @given(choice=st.data(), family=st.sampled_from(list(ADAPTED)), tied=st.booleans(), half=st.booleans())
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_an_exported_model_is_what_was_trained_whatever_is_adapted(choice, family, tied, half):
+    assume(tied or family != "bart")  # whose encoder then has another embedding than the model says: refused when built
     targets = choice.draw(st.lists(st.sampled_from(ADAPTED[family]), min_size=1, unique=True))
     kind, auto = (RandomCausal, AutoModelForCausalLM) if family in CAUSAL else (RandomSeq2Seq, AutoModelForSeq2SeqLM)
     tokenizer, config = some_tokenizer(), FAMILIES[family] | {"tie_word_embeddings": tied}

@@ -268,6 +268,8 @@ def test_whatever_signal_ends_a_run_ends_it_between_steps(number, asks_slurm, tm
             monkeypatch.setenv(f"SLURM_{name}", value)
         monkeypatch.setattr(signal_connector, "call", lambda command: asked.append(command) or 0)
         environment = SLURMEnvironment(requeue_signal=number)
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under `nohup`, which a run heeds
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped:
         fit(
