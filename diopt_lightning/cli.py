@@ -17,8 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diopt_lightning.callbacks import standard_callbacks
-from diopt_lightning.data.files import printable
-from diopt_lightning.errors import TrainingError, error_of_the_disk, one_line
+from diopt_lightning.errors import TrainingError, error_of_the_disk, one_line, printable
 from diopt_lightning.rebuilding import OPTIONS, CheckedCLI, OptionParser, complaint, configuration_error
 from diopt_lightning.resuming import (
     Interrupted,
@@ -87,8 +86,9 @@ class DioptCLI(CheckedCLI):
         if self.trainer.world_size == 1:
             options["ckpt_path"] = find_checkpoint(options["ckpt_path"], root, subcommand == "fit")
         elif options["ckpt_path"] is not None:
-            choose = partial(find_checkpoint, options["ckpt_path"], root, subcommand == "fit")
-            self.trainer._checkpoint_connector.choose, options["ckpt_path"] = choose, None  # type: ignore[attr-defined]
+            connector: Any = self.trainer._checkpoint_connector
+            connector.choose = partial(find_checkpoint, options["ckpt_path"], root, subcommand == "fit")
+            options["ckpt_path"] = None
         take_a_folder(self.trainer)
 
     before_validate = before_test = before_predict = before_fit

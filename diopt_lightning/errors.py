@@ -1,6 +1,7 @@
-"""Errors that a user can mend, and the commonest check."""
+"""Errors that a user can mend, how they are worded, and the commonest check."""
 
 import errno
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,23 @@ class TrainingError(RuntimeError):
     """
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with those characters spelled out that a terminal or a page would obey and not show.
+
+    These are control characters, such as those that move the cursor or turn the direction of writing, and halves of
+    surrogate pairs, which cannot be written at all. Spaces of all kinds stay, and what is to be kept.
+
+    Example:
+        >>> print(printable("é\x1b[31m\n\u202e"), len(printable("\n", keep="\n")))
+        é\x1b[31m\n\u202e 1
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
+
+
 def one_line(said: object, limit: int = 300) -> str:
     r"""What a library says in many lines, in one that any terminal shows; of an error that says nothing, its name.
 
@@ -42,7 +60,7 @@ def one_line(said: object, limit: int = 300) -> str:
         'no\\x1b[2J such file'
     """
     text = " ".join(str(said).split()) or type(said).__name__
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
+    text = printable(text[: limit + 1])
     return f"{text[: limit - 3]}..." if len(text) > limit else text
 
 

@@ -27,8 +27,7 @@ from diopt_lightning import ConfigurationError, InstructionTuning
 from diopt_lightning.backbones import RandomSeq2Seq
 from diopt_lightning.callbacks import LearnedInstructions, RandomState, Results
 from diopt_lightning.cli import main
-from diopt_lightning.data.files import printable
-from diopt_lightning.errors import TrainingError
+from diopt_lightning.errors import TrainingError, printable
 from diopt_lightning.export import export_adapter, export_embeddings, export_text
 from diopt_lightning.export.folder import file_name
 from diopt_lightning.inspection import Report, load, page, picture, select, show

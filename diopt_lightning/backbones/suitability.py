@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, one_line
 
 # What they generate with a cache is not what they predict without, or depends on what was generated before.
 UNFIT = ("ctrl", "prophetnet", "recurrent_gemma", "seamless_m4t", "seamless_m4t_v2")
@@ -44,10 +44,10 @@ def check_suitability(
             looks_ahead = bool((read[:, : shorter.shape[1]] - shorter).abs().max() > limit)
             generate(False), generate(True)
     except Exception as error:  # whatever a family raises for what it does not have
-        said = (str(error).strip().splitlines() or [""])[0]
         raise ConfigurationError(
             f"{kind} does not take vectors in the place of tokens, or does not generate from them "
-            f"({type(error).__name__}: {said}): use another family of models, or another configuration of this one."
+            f"({type(error).__name__}: {one_line(error)}): use another family of models, or another configuration of "
+            "this one."
         ) from error
     finally:
         model.train(training)

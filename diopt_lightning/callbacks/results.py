@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from diopt_lightning.callbacks.figures import draw_losses
-from diopt_lightning.data.files import printable, write_whole
+from diopt_lightning.data.files import write_whole
+from diopt_lightning.errors import printable
 from diopt_lightning.inspection.report import as_json, check_types
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.predictions import Prediction, official_line, official_names
@@ -100,10 +101,9 @@ class Results(Callback):
         self._predictions = []
         for prompt in {prediction.get("prompt") for prediction in predictions} if trainer.is_global_zero else ():
             rows = [prediction for prediction in predictions if prediction.get("prompt") == prompt]
-            path = folder / (f"predictions_{prompt}.jsonl" if prompt else "predictions.jsonl")
-            with path.open("w", encoding="utf-8") as file:
-                for prediction in sorted(rows, key=lambda prediction: (prediction["task"], prediction["id"])):
-                    file.write(as_json(official_line(prediction), indent=None))
+            rows.sort(key=lambda prediction: (prediction["task"], prediction["id"]))
+            name = f"predictions_{prompt}.jsonl" if prompt else "predictions.jsonl"
+            write_whole(folder / name, "".join(as_json(official_line(row), indent=None) for row in rows))
         return len(predictions)
 
     def _show(self, title: str, rows: dict[str, str], folder: Path) -> None:

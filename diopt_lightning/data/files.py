@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import stat
-import unicodedata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,23 +38,6 @@ def read_bytes(path: Path, root: Path | None = None) -> bytes:
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
         raise OSError(errno.EPERM, f"It is a link to a file outside {root}")
     return path.read_bytes()
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""The text with those characters spelled out that a terminal or a page would obey and not show.
-
-    These are control characters, such as those that move the cursor or turn the direction of writing, and halves of
-    surrogate pairs, which cannot be written at all. Spaces of all kinds stay, and what is to be kept.
-
-    Example:
-        >>> print(printable("é\x1b[31m\n\u202e"), len(printable("\n", keep="\n")))
-        é\x1b[31m\n\u202e 1
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text
-    )
 
 
 def load_pretrained(auto_class: Any, name: str, what: str, **options: Any) -> Any:

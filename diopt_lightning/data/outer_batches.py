@@ -1,7 +1,7 @@
 """Several batches of the outer level at each step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from diopt_lightning.data.collate import Batch, Collator
 from diopt_lightning.data.sampling import Draw, TrainSampler
@@ -56,6 +56,13 @@ class SplitCollator(Collator):
         return [make(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
 
 
+@runtime_checkable
+class WantsOuterBatches(Protocol):
+    """A module that says how many batches of the outer level it wants at each step. Any other wants one."""
+
+    outer_batches: int
+
+
 def outer_batches(module: Any) -> int:
-    """How many batches of the outer level a module wants at each step; one if it does not say."""
-    return int(getattr(module, "outer_batches", 1))
+    """How many batches of the outer level a module wants at each step."""
+    return module.outer_batches if isinstance(module, WantsOuterBatches) else 1

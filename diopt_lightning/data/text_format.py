@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, one_line
 
 # How a prompt asks for the output; see `render_input`.
 ASKS = "\nOutput:"
@@ -287,7 +287,7 @@ def _dialogue(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], 
     try:
         return cast(Callable[..., str], tokenizer.apply_chat_template)(turns, tokenize=False, **arguments)
     except Exception as error:  # a template raises what it likes
-        raise _no_template((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        raise _no_template(one_line(error)) from error
 
 
 def _common_start(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -23,7 +23,6 @@ def export_adapter(
 
     What cannot stand in the name of a file is spelled out there; see :func:`~diopt_lightning.export.folder.file_name`.
 
-
     ``model`` must be the one that was trained with the instruction (:func:`~diopt_lightning.export.export_model`), not
     the pretrained one that training began with. Its inputs must be padded at the end, as they are here: PEFT puts an
     adapter before the padding, and before a token that begins a sequence.

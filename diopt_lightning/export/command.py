@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from diopt_lightning.data.files import printable
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, printable
 from diopt_lightning.export.adapter import export_adapter
 from diopt_lightning.export.embeddings import export_embeddings
 from diopt_lightning.export.model import export_model, plain_model

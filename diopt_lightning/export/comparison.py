@@ -1,11 +1,9 @@
 """What was written, read again and compared with what was trained."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from diopt_lightning.errors import ConfigurationError
 
@@ -54,16 +52,3 @@ def require_equal(exported: Tensor, trained: Tensor, what: str, remedy: str) -> 
         raise ConfigurationError(
             f"{what} is not what was trained: on a batch it differs by {error:.1e} of the whole. {remedy}"
         )
-
-
-def read_again(read: Callable[[], PreTrainedModel], what: str) -> PreTrainedModel:
-    """Read an export.
-
-    Raises:
-        ConfigurationError: If that cannot be done.
-    """
-    try:
-        return read()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigurationError(f"{what} cannot be read again ({said}): transformers cannot keep it.") from error

@@ -3,15 +3,14 @@
 import copy
 import warnings
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.export.comparison import log_probabilities, read_again, require_equal
+from diopt_lightning.errors import ConfigurationError, users_mistake
+from diopt_lightning.export.comparison import log_probabilities, require_equal
 from diopt_lightning.export.folder import new_folder
 
 
@@ -32,12 +31,10 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         kind = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
-        read = partial(kind.from_pretrained, folder, dtype=model.dtype, trust_remote_code=False)
-        what = f"The {type(model).__name__} written to {folder}"
-        written: Any = read_again(read, what)
-        require_equal(
-            log_probabilities(written.to(model.device)), log_probabilities(model), what, "transformers cannot keep it."
-        )
+        what, then = f"The {type(model).__name__} written to {folder}", "transformers cannot keep it."
+        with users_mistake(OSError, ValueError, RuntimeError, KeyError, what=f"{what} cannot be read again", then=then):
+            written: Any = kind.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
+        require_equal(log_probabilities(written.to(model.device)), log_probabilities(model), what, then)
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape as escape_html
 
-from diopt_lightning.data.files import printable
+from diopt_lightning.errors import printable
 from diopt_lightning.inspection.report import MEASURES, Choice, Report, TaskReport
 from diopt_lightning.inspection.terminal import headline
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from diopt_lightning.data.files import printable
 from diopt_lightning.data.tasks import matching_tasks
-from diopt_lightning.errors import ConfigurationError, one_line
+from diopt_lightning.errors import ConfigurationError, one_line, printable
 from diopt_lightning.instructions.description import ChosenExemplar, Description
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, understood
 
@@ -236,7 +235,7 @@ def in_order(data: dict[str, Any]) -> dict[str, Any]:
 def as_json(data: Any, indent: int | None = 1) -> str:
     r"""Plain data as the JSON of a file, or, without ``indent``, as a line of one.
 
-    Letters of all scripts are written as they are, and what :func:`~diopt_lightning.data.files.printable` would spell
+    Letters of all scripts are written as they are, and what :func:`~diopt_lightning.errors.printable` would spell
     out by JSON's own escapes: the data that are read again are equal.
 
     Example:

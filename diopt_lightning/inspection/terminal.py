@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diopt_lightning.data.files import printable
+from diopt_lightning.errors import printable
 from diopt_lightning.inspection.report import MEASURES, Choice, Report, TaskReport
 
 # Of a soft instruction, which may have a hundred vectors, a row shows the first few.

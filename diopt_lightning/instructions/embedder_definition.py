@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from diopt_lightning.data.collate import Batch, pad
 from diopt_lightning.data.prompts import close
 from diopt_lightning.data.text_format import encode
-from diopt_lightning.instructions.base import Embed, Instruction, InstructionEmbeddings, Tasks, Tokenizer, embedded
-from diopt_lightning.instructions.conversion import Conversion, Linear
+from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, Tasks, Tokenizer, embedded
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.embedder import nearest_tokens
+from diopt_lightning.instructions.embedder_ic import ConvertingEmbedder
 
 
-class EmbedderFromDefinition(Instruction):
+class EmbedderFromDefinition(ConvertingEmbedder):
     """Instruction embedder, instruction to instruction: a network makes a soft instruction of the task's definition.
 
     As :class:`~diopt_lightning.instructions.EmbedderIC`, with the human-written instruction in the place of the
@@ -32,21 +32,6 @@ class EmbedderFromDefinition(Instruction):
 
     definition_ids: Tensor
     definition_mask: Tensor
-    task_names: list[str]
-
-    def __init__(self, conversion: Conversion | None = None) -> None:
-        super().__init__()
-        self.conversion = conversion if conversion is not None else Linear()
-
-    @property
-    def length(self) -> int:
-        """Vectors of the longest instruction."""
-        return self.conversion.length
-
-    @property
-    def has_a_row_for_each_task(self) -> bool:
-        """No: the parameters are shared by all tasks."""
-        return False
 
     @property
     def works_on_unseen_tasks(self) -> bool:

@@ -1,4 +1,4 @@
-"""The instruction embedder by instance conversion."""
+"""The instruction embedder by instance conversion, and what it shares with others that convert a text."""
 
 from functools import partial
 
@@ -12,7 +12,31 @@ from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.embedder import nearest_tokens
 
 
-class EmbedderIC(Instruction):
+class ConvertingEmbedder(Instruction):
+    """A soft instruction that a network makes of a text; its parameters are shared by all tasks.
+
+    Args:
+        conversion: The network. Default: mean-pooled embeddings -> linear -> 64 vectors.
+    """
+
+    task_names: list[str]
+
+    def __init__(self, conversion: Conversion | None = None) -> None:
+        super().__init__()
+        self.conversion = conversion if conversion is not None else Linear()
+
+    @property
+    def length(self) -> int:
+        """Vectors of the longest instruction."""
+        return self.conversion.length
+
+    @property
+    def has_a_row_for_each_task(self) -> bool:
+        """No: the parameters are shared by all tasks."""
+        return False
+
+
+class EmbedderIC(ConvertingEmbedder):
     """Instruction embedder, instance conversion: a small network makes a soft instruction of each instance (x, y).
 
     (Isonuma et al. 2023.) Its parameters are shared by all tasks, so it also works for tasks that it was not trained
@@ -30,23 +54,10 @@ class EmbedderIC(Instruction):
         32
     """
 
-    task_names: list[str]
-
     def __init__(self, conversion: Conversion | None = None, targets: bool = True) -> None:
-        super().__init__()
-        self.conversion = conversion if conversion is not None else Linear()
+        super().__init__(conversion)
         self.targets = targets
         self._examples: list[Batch] = []
-
-    @property
-    def length(self) -> int:
-        """Vectors of the longest instruction."""
-        return self.conversion.length
-
-    @property
-    def has_a_row_for_each_task(self) -> bool:
-        """No: the parameters are shared by all tasks."""
-        return False
 
     @property
     def works_on_unseen_tasks(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diopt_lightning.bilevel.sharding import any_sharded, shards
 from diopt_lightning.bilevel.vectors import norm
+from diopt_lightning.errors import ConfigurationError
 
 
 @contextmanager
@@ -40,6 +41,16 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients, a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return norm(gradients) if any_sharded(gradients) else nn.utils.get_total_norm(gradients)
+
+
+def check_clip(level: str, largest: float | None) -> None:
+    """Check the largest norm of the gradient of a level.
+
+    Raises:
+        ConfigurationError: If it is not positive.
+    """
+    if largest is not None and not largest > 0:
+        raise ConfigurationError(f"`{level}_gradient_clip` must be positive or null, got {largest}.")
 
 
 def clip(parameters: Sequence[nn.Parameter], size: Tensor, limit: float | None) -> None:

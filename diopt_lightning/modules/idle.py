@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diopt_lightning.bilevel.sharding import shards
+from diopt_lightning.modules.schedules import steps_of_a_run
 
-AnyOptimizer = Optimizer | LightningOptimizer
 # Steps of a level that are watched, and entries of each parameter that are remembered.
 WATCHED, REMEMBERED = 10, 64
 # A share of entries that are bitwise what they were after these steps, of half precision, that is warned of.
@@ -36,9 +35,7 @@ class IdleParameters:
         self._reached: list[Tensor] = []
         self._moving: list[Tensor] = []
 
-    def see(
-        self, module: LightningModule, parameters: Sequence[nn.Parameter], optimizer: Optimizer | LightningOptimizer
-    ) -> None:
+    def see(self, module: LightningModule, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
         """Look at the gradients of a step that is about to be taken, and say what earlier ones have shown."""
         if self._said:
             return
@@ -59,7 +56,7 @@ class IdleParameters:
         if self._steps == 1 and not torch.stack(self._reached).any():
             self.say(parameters, optimizer)
 
-    def say(self, parameters: Sequence[nn.Parameter], optimizer: AnyOptimizer) -> None:
+    def say(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
         """Say which parameters stay as they are, once."""
         if self._said or self._steps == 0:
             return
@@ -97,8 +94,7 @@ def some(tensor: Tensor) -> Tensor:
 
 def say_if_too_short(trainer: Trainer, inner_steps: int, accumulation: int) -> None:
     """Warn of a run that ends before its first outer step."""
-    epochs, most = (float("inf") if limit in (None, -1) else limit for limit in (trainer.max_epochs, trainer.max_steps))
-    steps = min(trainer.num_training_batches * epochs / accumulation, most)
+    steps = steps_of_a_run(trainer, accumulation)
     if steps < inner_steps:
         rank_zero_warn(
             f"This run takes no outer step: it has {int(steps)} inner steps, and the first outer one comes after "

@@ -16,7 +16,7 @@ from diopt_lightning.data.collate import Batch
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Instruction
 from diopt_lightning.modules.evaluation import InstructionEvaluation
-from diopt_lightning.modules.gradients import gradient_norm
+from diopt_lightning.modules.gradients import check_clip, gradient_norm
 from diopt_lightning.modules.micro_batches import process_weight
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.schedules import end_with_the_run
@@ -79,8 +79,7 @@ class InstructionTuning(InstructionEvaluation):
         if not instruction_lr > 0:
             raise ConfigurationError(f"`instruction_lr` must be positive, got {instruction_lr}.")
         require_at_least(1, skip_limit=skip_limit, inner_accumulation=inner_accumulation)
-        if inner_gradient_clip is not None and not inner_gradient_clip > 0:
-            raise ConfigurationError(f"`inner_gradient_clip` must be positive or null, got {inner_gradient_clip}.")
+        check_clip("inner", inner_gradient_clip)
         # Not a default in the signature, for the reason given in BilevelModule.
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)
         self.instruction_lr = instruction_lr

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from diopt_lightning.bilevel import BilevelProblem, Hypergradient, HypergradientEstimator
 from diopt_lightning.bilevel.sharding import any_sharded
 from diopt_lightning.errors import ConfigurationError, require_at_least
-from diopt_lightning.modules.gradients import clip, evaluation_mode
+from diopt_lightning.modules.gradients import check_clip, clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
@@ -58,8 +58,7 @@ class Level:
                 f"`{self.name}_optimizer` is {type(self.make_optimizer).__name__}, and must be a function that makes "
                 "one: `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`."
             )
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ConfigurationError(f"`{self.name}_gradient_clip` must be positive or null, got {self.gradient_clip}.")
+        check_clip(self.name, self.gradient_clip)
 
     def freeze(self, parameters: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
         """Take the gradient from parameters that are not to be learned."""

@@ -4,7 +4,7 @@ import sys
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from diopt_lightning.data.files import printable
+from diopt_lightning.errors import printable
 
 
 @rank_zero_only
