@@ -31,7 +31,6 @@ def put_in_place(trainer: Trainer, saved: dict[str, Any]) -> None:
         begun = max(begun, epochs["total"]["processed"] + 1)
     epoch_had_ended = epochs["total"]["processed"] == begun
     validation: Any = loop.val_loop.batch_progress.total
-    counts: Any = loop.batch_progress.total
     validation.ready = validation.started = validation.completed  # the one batch more by which it is begun again
 
     count_epochs(trainer, begun, ended=False)
@@ -40,7 +39,8 @@ def put_in_place(trainer: Trainer, saved: dict[str, Any]) -> None:
     if begun == 0 or (last and (epoch_had_ended or in_batch_end or not due)):
         count_epochs(trainer, begun, ended=True)
         loop._batches_that_stepped += in_batch_end
-        counts.completed = counts.processed
+        for counts in (loop.batch_progress.total, loop.batch_progress.current):
+            counts.completed = counts.processed
         load_loaders(fit)
         fit._restarting, fit._restart_stage = False, RestartStage.NONE
         loop.restarting = False
