@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten_with_path
 
 from diopt_lightning.cli import main
+from diopt_lightning.resuming.checkpoint_finding import newest_checkpoint
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 
 FORK = get_context("fork")
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 
 class Run:
@@ -109,3 +113,21 @@ def take_part(arguments: list[str], rank: int, places: list[Path], port: int, no
         os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="localhost")
     places[rank].write_text(str(os.getpid()))
     sys.exit(main())
+
+
+def final(root: Path) -> dict[str, Any]:
+    """What a run has come to."""
+    path = newest_checkpoint(root, training=True)
+    assert path is not None
+    return read_checkpoint(path)
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Check that two runs have come to the same."""
+    parts = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "bilevel")
+    (values, structure), (wanted, structure_wanted) = (
+        tree_flatten_with_path([c.get(part) for part in parts]) for c in (found, expected)
+    )
+    assert structure == structure_wanted
+    for (path, value), (_, other) in zip(values, wanted, strict=True):
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, path
