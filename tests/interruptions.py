@@ -1,6 +1,7 @@
 """Runs of the command line in forked processes, which need not import anything again, to be stopped at any moment."""
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -29,9 +30,17 @@ class Run:
         folder: Where what the run says and the numbers of its processes are kept.
         processes: How many.
         nodes: Whether each process is a node.
+        slow_disk: A folder in which all that is opened, renamed or removed takes up to 50 ms longer.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, processes: int = 1, nodes: bool = False) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        processes: int = 1,
+        nodes: bool = False,
+        slow_disk: Path | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.said = folder / "said.txt"
         with socket.socket() as free:
@@ -40,7 +49,8 @@ class Run:
         self._places = [folder / f"{rank}.pid" for rank in range(processes)]
         for place in self._places:
             place.unlink(missing_ok=True)
-        self._leader: Any = FORK.Process(target=lead, args=(list(arguments), self.said, self._places, port, nodes))
+        places = self._places
+        self._leader: Any = FORK.Process(target=lead, args=(arguments, self.said, places, port, nodes, slow_disk))
         self._leader.start()
 
     def wait_until(self, happened: Callable[[], bool], seconds: float = 120.0, pause: float = 0.002) -> bool:
@@ -78,7 +88,9 @@ class Run:
         return code
 
 
-def lead(arguments: list[str], said: Path, places: list[Path], port: int, nodes: bool) -> None:
+def lead(
+    arguments: Sequence[str], said: Path, places: list[Path], port: int, nodes: bool, slow_disk: Path | None
+) -> None:
     """Start the processes of a run, and end with the status of the first."""
     os.setpgid(0, 0)
     with said.open("ab") as file:
@@ -86,6 +98,8 @@ def lead(arguments: list[str], said: Path, places: list[Path], port: int, nodes:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if slow_disk is not None:
+        delay_files(slow_disk)
     if len(places) == 1:
         take_part(arguments, 0, places, port, nodes)
     ranks = [FORK.Process(target=take_part, args=(arguments, rank, places, port, nodes)) for rank in range(len(places))]
@@ -96,7 +110,18 @@ def lead(arguments: list[str], said: Path, places: list[Path], port: int, nodes:
     sys.exit(max(process.exitcode or 0 for process in ranks) if nodes else ranks[0].exitcode)
 
 
-def take_part(arguments: list[str], rank: int, places: list[Path], port: int, nodes: bool) -> None:
+def delay_files(folder: Path) -> None:
+    """Let this process and those that it starts wait before they open, rename or remove anything in a folder."""
+    draw = random.SystemRandom()  # which takes nothing from the random numbers of the run
+
+    def delay(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(folder)):
+            time.sleep(draw.uniform(0, 0.05))
+
+    sys.addaudithook(delay)
+
+
+def take_part(arguments: Sequence[str], rank: int, places: list[Path], port: int, nodes: bool) -> None:
     """Run the command line as one of several processes, as Lightning would have started it."""
     torch.set_num_threads(1)
     # Or else Lightning gives the only process of a node all cores, for which a forked process has no threads.

@@ -1,13 +1,9 @@
 """Runs of the command line that are killed or told to stop, and go on bitwise."""
 
-import contextlib
 import json
-import os
-import random
 import resource
 import shlex
 import signal
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,7 +18,6 @@ from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from tests.interruptions import CHECKPOINT, Run, assert_equal, final
 from tests.test_cli import small_run
 
-TRIALS = int(os.environ.get("TRIALS", "50"))
 EVERY_TWO = {"class_path": CHECKPOINT, "init_args": {"every_n_train_steps": 2, "save_last": True}}
 
 
@@ -107,56 +102,6 @@ def test_a_group_of_processes_is_told_to_stop(tmp_path):
     run.send_all(signal.SIGTERM)
     assert run.status() == 143, run.said.read_text()
     assert any(path.name.startswith("interrupted-") for path in checkpoints(tmp_path / "run"))
-
-
-def on_two_nodes(root: Path, *options: str) -> list[str]:
-    """Arguments of a run on two nodes of one process each."""
-    return [*command(root, processes=2), "--trainer.num_nodes=2", "--trainer.devices=1", *options]
-
-
-@pytest.mark.slow
-def test_nodes_with_a_disk_each_go_on_from_the_checkpoint_of_the_first(uninterrupted, tmp_path):
-    own = tmp_path / "disk{rank}"
-    first = Run(on_two_nodes(own, "--trainer.max_epochs=1"), tmp_path, processes=2, nodes=True)
-    assert first.status() == 0, first.said.read_text()
-    assert not checkpoints(tmp_path / "disk1")
-    again = Run(on_two_nodes(own, "--ckpt_path=last"), tmp_path, processes=2, nodes=True)
-    assert again.status() == 0, again.said.read_text()
-    assert again.said.read_text().count("Going on from") == 1
-    assert_equal(final(tmp_path / "disk0"), uninterrupted(2))
-    for path in checkpoints(tmp_path / "disk0"):
-        path.write_bytes(b"damaged")
-    refused = Run(on_two_nodes(own, "--ckpt_path=last"), tmp_path, processes=2, nodes=True)
-    assert refused.status() == 2
-    assert refused.said.read_text().count("diopt: error: None of the") == 2
-
-
-@pytest.mark.slow
-def test_nodes_that_read_other_tasks_are_refused(tmp_path):
-    run = Run(on_two_nodes(tmp_path / "disk{rank}", "--data.tasks.seed={rank}"), tmp_path, processes=2, nodes=True)
-    assert run.status() == 2
-    assert run.said.read_text().count("diopt: error: Process 1 has other train and validation and dev instances") == 2
-
-
-@pytest.mark.slow
-def test_nodes_that_write_to_one_disk_and_are_stopped_now_and_then_end(tmp_path):
-    draw, equal = random.Random(0), 0
-    for number in range(TRIALS):
-        place = tmp_path / str(number)
-        run = Run(on_two_nodes(place, "--trainer.max_epochs=1"), tmp_path / "said", processes=2, nodes=True)
-        end = time.monotonic() + draw.uniform(0, 3)
-        while time.monotonic() < end:
-            rank = draw.randrange(2)
-            for signal_number, seconds in ((signal.SIGSTOP, draw.uniform(0, 0.3)), (signal.SIGCONT, 0.01)):
-                with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-                    run.send(signal_number, [rank])
-                time.sleep(seconds)
-        assert run.status() == 0, run.said.read_text()
-        if number == 0:
-            expected = final(place)
-        assert_equal(final(place), expected)
-        equal += 1
-    print(f"{equal} of {TRIALS}")
 
 
 @pytest.mark.slow
