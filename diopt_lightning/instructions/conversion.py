@@ -172,8 +172,19 @@ class Transformer(Encoding):
         return cast(nn.Module, encoder).to(embedding.weight.device, outer_dtype(embedding))
 
     def outputs(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
-        """The encoder's output for each token of texts ``(batch, length)``: ``(batch, length, width)``."""
+        """The encoder's output for each token of texts ``(batch, length)``: ``(batch, length, width)``.
+
+        Raises:
+            ConfigurationError: If a text is longer than a pretrained encoder has positions for.
+        """
         if self.pretrained is not None:
+            positions = getattr(self.encoder.config, "max_position_embeddings", None)
+            if positions is not None and ids.shape[1] > positions:
+                raise ConfigurationError(
+                    f"A text of {ids.shape[1]} tokens is given to the encoder `{self.pretrained}`, which has "
+                    f"{positions} positions: lower `data.max_source_length` or `candidate_length`, or take another "
+                    "encoder."
+                )
             return cast(Tensor, self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
         return cast(Tensor, self.encoder(embed(ids), src_key_padding_mask=~mask))
 
