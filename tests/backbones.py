@@ -167,6 +167,30 @@ def check_generation_does_not_depend_on_other_rows(make: Make) -> None:
             assert set(together[row].tolist()[len(alone) :]) <= {tokenizer.pad_token_id}
 
 
+def check_generation_is_what_is_predicted(make: Make) -> None:
+    """Each token that is generated has the least loss of all that could stand there."""
+    tokenizer = some_tokenizer()
+    backbone = made(make, tokenizer).eval()
+    batch, instruction = (
+        rows(backbone, tokenizer, TEXTS[:1], TARGETS[:1]),
+        written(INSTRUCTIONS[:1], tokenizer, backbone),
+    )
+    every = torch.arange(len(tokenizer))
+
+    def repeated(column: Tensor) -> Tensor:
+        return column.expand(len(every), *column.shape[1:])
+
+    for given in (None, instruction):
+        tokens = backbone.generate(batch, 4, given)[0, int(backbone.is_encoder_decoder) :]
+        ended = (tokens == tokenizer.eos_token_id).nonzero()
+        for place in range(int(ended[0]) + 1 if len(ended) else len(tokens)):
+            labels = torch.cat([tokens[:place].expand(len(every), -1), every.unsqueeze(1)], dim=1)
+            own = InstructionEmbeddings(*map(repeated, given[:2])) if given else None
+            with torch.no_grad():
+                losses = backbone.target_losses(Batch(*map(repeated, batch))._replace(labels=labels), own)
+            assert losses[tokens[place]] - losses.min() < 1e-4
+
+
 def check_gradients(make: Make) -> None:
     """Gradients and hypergradients are right in float64."""
     tokenizer = some_tokenizer()
@@ -204,6 +228,7 @@ CHECKS = [
     check_instructions_are_read_as_text,
     check_losses_do_not_depend_on_other_rows,
     check_generation_does_not_depend_on_other_rows,
+    check_generation_is_what_is_predicted,
     check_gradients,
     check_build,
 ]

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoConfig, CompileConfig, GenerationConfig, PreTrainedTokenizerFast, WatermarkingConfig
 
 import diopt_lightning.backbones
 from diopt_lightning import ConfigurationError
@@ -15,6 +18,8 @@ from diopt_lightning.backbones import (
     LastLayers,
     LoRA,
     RandomCausal,
+    RandomSeq2Seq,
+    Seq2Seq,
 )
 from diopt_lightning.bilevel import BilevelProblem, Chebyshev
 from diopt_lightning.data.collate import IGNORED_LABEL
@@ -28,6 +33,7 @@ from tests.backbones import (
     TARGETS,
     TEMPLATE,
     TEXTS,
+    check_generation_is_what_is_predicted,
     check_instructions_are_read_as_text,
     made,
     rows,
@@ -50,6 +56,38 @@ def test_what_holds_of_every_backbone(name, check):
 def test_the_list_of_backbones_is_complete():
     listed = {type(make()) for make in BACKBONES.values()}
     assert listed == set(concrete_classes(diopt_lightning.backbones, Backbone))
+
+
+@pytest.mark.parametrize("options", [{"pad_token_id": None}, {"eos_token_id": [5, 1]}, {"eos_token_id": None}])
+def test_a_model_may_name_several_ends_or_no_special_tokens(options, tokenizer):
+    check_generation_is_what_is_predicted(lambda: RandomSeq2Seq(FAMILIES["t5"] | options))
+    with pytest.raises(ConfigurationError, match=r"The eos token is 1 in the tokenizer and \[5, 6\] in the model"):
+        RandomSeq2Seq(FAMILIES["t5"] | {"eos_token_id": [5, 6]}).build(tokenizer)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Seq2Seq, "Llama"), (Seq2Seq, "ViT"), (Causal, "T5")])
+def test_a_model_of_another_kind_is_named(kind, name, tokenizer):
+    AutoConfig.for_model(name.lower()).save_pretrained("model")
+    with pytest.raises(ConfigurationError, match=f"Cannot load `model` as an? .*: it is one of another kind, {name}:"):
+        kind("model").build(tokenizer)
+
+
+@pytest.mark.parametrize("start", [None, [0, 0], -1, 10**6])
+def test_a_decoder_begins_with_one_token(start, tokenizer):
+    with pytest.raises(ConfigurationError, match=r"does not say what its decoder begins with, but .*`decoder_start_"):
+        RandomSeq2Seq(FAMILIES["t5"] | {"decoder_start_token_id": start}).build(tokenizer)
+
+
+def test_a_tokenizer_that_leaves_ids_out_has_embeddings_for_all():
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "bear": 90}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    backbone = RandomCausal(dict(FAMILIES["llama"]))
+    backbone.build(tokenizer)
+    assert backbone.embedding.num_embeddings == 91
+    with pytest.raises(ConfigurationError, match=r"The tokenizer has 91 tokens, .* 90 embeddings"):
+        RandomCausal(FAMILIES["llama"] | {"vocab_size": 90}).build(tokenizer)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -123,21 +161,55 @@ SHIPPED = {
     "use_cache": False,
     "eos_token_id": list(range(3, 60)),
     "pad_token_id": 60,
-    "decoder_start_token_id": 60,
+    "decoder_start_token_id": [60, 60, 60],
+    "bos_token_id": 60,
+    "max_new_tokens": 1,
+    "early_stopping": "never",
+    "length_penalty": -9.0,
+    "num_beam_groups": 3,
+    "diversity_penalty": 9.0,
+    "constraints": [60],
+    "force_words_ids": [[60]],
+    "watermarking_config": WatermarkingConfig(greenlist_ratio=0.1, bias=99.0),
+    **dict.fromkeys(["top_p", "typical_p", "top_h", "min_p", "epsilon_cutoff", "eta_cutoff"], 0.3),
+    **dict.fromkeys(["top_k", "max_cache_len", "prefill_chunk_size", "num_assistant_tokens"], 1),
+    **dict.fromkeys(
+        ["max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind"], 1
+    ),
+    **dict.fromkeys(["assistant_confidence_threshold", "assistant_ensemble_weight"], 0.9),
+    **dict.fromkeys(["output_attentions", "output_hidden_states", "output_scores", "output_logits"], True),
+    **dict.fromkeys(["renormalize_logits", "remove_invalid_values", "is_assistant", "low_memory", "use_mtp"], True),
+    "num_assistant_tokens_schedule": "constant",
+    "speculation_type": "nonsense",
+    "dola_layers": "low",
+    "cache_implementation": "static",
+    "cache_config": {"max_batch_size": 1},
+    "disable_compile": False,
+    "compile_config": CompileConfig(),
+    "continuous_batching_config": {},
+    "transformers_version": "nonsense",
 }
+
+
+def test_every_option_of_generation_is_tried():
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} <= SHIPPED.keys()
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "llama"])
 def test_nothing_that_ships_with_a_model_changes_what_is_generated(name, tokenizer):
     backbone = made(name, tokenizer).eval()
     batch = rows(backbone, tokenizer, TEXTS, TARGETS)
-    expected = backbone.generate(batch, 6)
-    for options in ({}, SHIPPED, *({option: value} for option, value in SHIPPED.items())):
+    expected, searched = backbone.generate(batch, 6), backbone.generate(batch, 6, num_beams=3)
+    assert not torch.equal(expected, searched)
+    each = [{option: value} for option, value in SHIPPED.items()] if name == "bart" else []
+    for options in ({}, SHIPPED, *each):
         shipped = GenerationConfig()
         for option, value in options.items():
             setattr(shipped, option, value)
         backbone.model.generation_config = shipped
         assert torch.equal(backbone.generate(batch, 6), expected), options
+        if len(options) != 1:
+            assert torch.equal(backbone.generate(batch, 6, num_beams=3), searched), options
         assert backbone.model.generation_config is shipped  # an exported model has it as before
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 import diopt_lightning.instructions
 from diopt_lightning import ConfigurationError
@@ -281,6 +281,13 @@ def test_a_pretrained_encoder_converts_from_a_local_folder(tokenizer, tasks, bac
         Transformer(pretrained=str(tmp_path / "encoder")).build(nn.Embedding(7, 16))
     with pytest.raises(ConfigurationError, match="Cannot load `no/such` as an encoder"):
         Transformer(pretrained="no/such").build(backbone.embedding)
+    width = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    few = BertConfig(vocab_size=size, max_position_embeddings=4, **width)
+    BertModel(few).save_pretrained(tmp_path / "few")
+    embedder = EmbedderIC(Linear(length=2, encoding=Transformer(pretrained=str(tmp_path / "few"))))
+    embedder.build(tasks, tokenizer, backbone.embedding)
+    with pytest.raises(ConfigurationError, match=r"A text of \d+ tokens is given to the encoder `.*few`, which has 4"):
+        embedder(batch, backbone.embedding)
 
 
 @pytest.mark.parametrize("relaxation", [StraightThrough, GumbelStraightThrough])

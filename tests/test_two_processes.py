@@ -1,5 +1,6 @@
 """Two processes against one with the double batch, on targets of unequal lengths."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from diopt_lightning import InstructionOptimization, InstructionTuning
 from diopt_lightning.backbones import RandomCausal
+from diopt_lightning.callbacks import Results
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.synthetic import WORDS
 from diopt_lightning.instructions import CandidatePool, EmbedderDP, ExtractorDP, Instruction, Soft
@@ -51,6 +53,15 @@ def root(layout) -> Path:
     return layout({name: task_document(name, Instances=instances(name)) for name in names})
 
 
+@pytest.fixture
+def uneven(root) -> Path:
+    """The same, with 5 to 12 instances of each task: 17 test instances, and odd numbers of others."""
+    for path in (root / "tasks").glob("*[1357].json"):
+        task = json.loads(path.read_text())
+        path.write_text(json.dumps(task | {"Instances": task["Instances"][: 5 + int(path.stem[-1]) // 2]}))
+    return root
+
+
 class EqualOnAllProcesses(pl.Callback):
     """Fails the run if anything learned is not bitwise equal on all processes after any step; keeps what was logged."""
 
@@ -60,7 +71,7 @@ class EqualOnAllProcesses(pl.Callback):
             assert torch.equal(gathered[0], gathered[1]), name
 
 
-def bilevel(estimator: str, form: str, precision: str) -> InstructionOptimization:
+def bilevel(estimator: str, form: str, precision: str, **options: Any) -> InstructionOptimization:
     """A module that clips and accumulates at both levels."""
     return InstructionOptimization(
         RandomCausal(dict(MODELS[precision])),
@@ -73,6 +84,7 @@ def bilevel(estimator: str, form: str, precision: str) -> InstructionOptimizatio
         outer_gradient_clip=0.01,
         inner_accumulation=2,
         outer_accumulation=2,
+        **options,
     )
 
 
@@ -128,8 +140,9 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> 
         torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
 
 
-def check(estimator: str, form: str, precision: str, rounds: int, root: Path) -> None:
-    one, two = (trained(bilevel(estimator, form, precision), precision, rounds, root, number) for number in (1, 2))
+def check(estimator: str, form: str, precision: str, rounds: int, root: Path, **options: Any) -> None:
+    make = partial(bilevel, estimator, form, precision, **options)
+    one, two = (trained(make(), precision, rounds, root, number) for number in (1, 2))
     assert one["bilevel"]["outer_steps_taken"] == two["bilevel"]["outer_steps_taken"] == rounds
     assert_equal(one, two, {"32-true": 1e-5, "64-true": 1e-10}[precision])
 
@@ -138,6 +151,47 @@ def check(estimator: str, form: str, precision: str, rounds: int, root: Path) ->
 @pytest.mark.parametrize("estimator", ["neumann_step_size", "chebyshev", "unrolled", "natural_low_rank"])
 def test_two_processes_equal_one_with_the_double_batch(estimator, root):
     check(estimator, "embedder", "64-true", 3, root)
+
+
+def test_several_outer_batches_and_uneven_tasks_do_so_too(uneven):
+    check("chebyshev", "embedder", "64-true", 3, uneven, outer_batches=3)
+
+
+class Noisy(InstructionTuning):
+    """Says something else to each instance, though it is not trained."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.backbone.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def tested(root: Path, processes: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and files of predictions of a test with two prompts."""
+    prompts = {"none": PromptFormat(False, False, 0), "examples": PromptFormat(False, True, 2)}
+    data = NaturalInstructionsDataModule(
+        str(root), str(root / "tokenizer"), test_prompt=prompts, batch_size=4, cache_dir=str(root / "cache")
+    )
+    several = {"devices": 2, "strategy": "ddp_fork"} if processes == 2 else {}
+    folder = root / f"{processes}"
+    trainer = quiet_trainer(precision="64-true", default_root_dir=folder, callbacks=[Results(table=False)], **several)
+    trainer.test(Noisy(RandomCausal(dict(MODELS["64-true"])), max_new_tokens=3), data, verbose=False)
+    files = {path.name: path.read_text() for path in folder.glob("predictions*.jsonl")}
+    return json.loads((folder / "metrics.json").read_text()), files
+
+
+def test_several_prompts_on_two_processes_are_scored_as_on_one(uneven):
+    (scores, files), (expected, expected_files) = (tested(uneven, number) for number in (2, 1))
+    assert files == expected_files
+    assert {name: text.count("\n") for name, text in files.items()} == {
+        "predictions_none.jsonl": 17,
+        "predictions_examples.jsonl": 17,
+    }
+    assert len(set(files["predictions_none.jsonl"].splitlines())) == 17
+    assert scores == pytest.approx(expected, abs=1e-5)  # metrics are float32
+    assert scores["test/none/loss"] != scores["test/examples/loss"]
 
 
 def test_the_baseline_on_two_processes_equals_one_with_the_double_batch(root):

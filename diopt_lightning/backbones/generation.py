@@ -6,10 +6,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from diopt_lightning.backbones.rows import compact
 from diopt_lightning.errors import ConfigurationError
+
+# A cache does not hold the recurrent state of these, which their layers keep from one text to the next.
+WITHOUT_CACHE = ("recurrent_gemma",)
 
 
 def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tensor, **source: Tensor) -> Tensor:
@@ -39,6 +42,7 @@ def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tenso
         )
     groups = [lengths == n for n in set(lengths.tolist())] if alone or sees_padding(model) else [lengths >= 0]
     found: dict[int, Tensor] = {}
+    options.use_cache = model.config.model_type not in WITHOUT_CACHE
     # `generate` takes from the model what its options leave open.
     shipped, model.generation_config = model.generation_config, options
     try:
@@ -48,7 +52,9 @@ def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tenso
             if alone:
                 made = by_repetition(model, options, read)
             else:
-                made = cast(Any, model).generate(generation_config=options, attention_mask=used, **{name: read})
+                # Not a family's own way, which for Seamless asks for a language each time.
+                generate = cast(Any, GenerationMixin).generate
+                made = generate(model, generation_config=options, attention_mask=used, **{name: read})
             # Ids are given back before what goes on from them.
             new = made[:, read.shape[1] :] if in_one_piece and name == "input_ids" else made
             found |= dict(zip(group.nonzero().flatten().tolist(), new, strict=True))
@@ -64,7 +70,8 @@ def by_repetition(model: PreTrainedModel, options: GenerationConfig, vectors: Te
     ended = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
     made: list[Tensor] = []
     while len(made) < cast(int, options.max_new_tokens) and not ended.all():
-        following = cast(Any, model)(inputs_embeds=vectors, use_cache=False).logits[:, -1].argmax(dim=-1)
+        # A copy, for CTRL scales in place what it reads.
+        following = cast(Any, model)(inputs_embeds=vectors.clone(), use_cache=False).logits[:, -1].argmax(dim=-1)
         made.append(following.masked_fill(ended, cast(int, options.pad_token_id)))
         ended |= torch.isin(following, ends)
         vectors = torch.cat([vectors, model.get_input_embeddings()(made[-1]).unsqueeze(1)], dim=1)
@@ -72,8 +79,9 @@ def by_repetition(model: PreTrainedModel, options: GenerationConfig, vectors: Te
 
 
 def goes_on_from_vectors(model: PreTrainedModel) -> bool:
-    """Whether ``generate`` of a causal model takes vectors."""
-    return "inputs_embeds" in inspect.signature(cast(Any, model).prepare_inputs_for_generation).parameters
+    """Whether ``generate`` of a causal model takes vectors; without a cache it would forget them."""
+    takes_them = "inputs_embeds" in inspect.signature(cast(Any, model).prepare_inputs_for_generation).parameters
+    return takes_them and model.config.model_type not in WITHOUT_CACHE
 
 
 def sees_padding(model: PreTrainedModel) -> bool:

@@ -5,11 +5,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.backbones.transformer import TransformersBackbone
+from diopt_lightning.backbones.transformer import TransformersBackbone, number_of_ids
 from diopt_lightning.errors import ConfigurationError, users_mistake
 
 # Their positions pass over the pad token: a decoder that began with it would count otherwise with a cache than without.
-BEGINS_WITH_END = ("m2m_100", "nllb-moe")
+BEGINS_WITH_END = ("m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2")
 
 
 class RandomWeights(TransformersBackbone):
@@ -39,7 +39,7 @@ class RandomWeights(TransformersBackbone):
         begins_with_end = self.options["model_type"] in BEGINS_WITH_END
         start = tokenizer.eos_token_id if begins_with_end else tokenizer.pad_token_id
         options = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": number_of_ids(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             # A decoder that reads a source from an encoder begins with the pad token, as in T5.

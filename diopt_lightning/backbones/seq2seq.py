@@ -43,8 +43,9 @@ class Seq2Seq(TransformersBackbone):
         """Check the vocabulary, and the tokens that the model itself pads and ends with."""
         super().check(model, tokenizer)
         for role in ("pad", "eos"):
-            ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(model.config, f"{role}_token_id")
-            if ours != theirs:
+            # Some name several ends, or none.
+            ours, theirs = getattr(tokenizer, f"{role}_token_id"), getattr(model.config, f"{role}_token_id", None)
+            if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
                 raise ConfigurationError(
                     f"The {role} token is {ours} in the tokenizer and {theirs} in the model ({self.name}): "
                     "`data.tokenizer` must be the one of the model."
@@ -56,17 +57,18 @@ class Seq2Seq(TransformersBackbone):
 
     def decoder_start(self, text_format: TextFormat) -> int:
         """What stands before a target where the family itself trains; some wrap its last token around."""
-        model = cast(Any, self.language_model)
+        model, start = cast(Any, self.language_model), cast(Any, None)
         with suppress(AttributeError, TypeError, ValueError):  # it has no such method, or its configuration no token
             labels = torch.tensor([[*text_format.target_before, self._pad + 1, *text_format.target_after]])
-            return int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
+            start = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
         for source in (model.config, model.generation_config):
-            if getattr(source, "decoder_start_token_id", None) is not None:
-                return int(source.decoder_start_token_id)
-        raise ConfigurationError(
-            f"The model ({self.name}) does not say what its decoder begins with: set `decoder_start_token_id` in its "
-            "configuration."
-        )
+            start = getattr(source, "decoder_start_token_id", None) if start is None else start
+        if not isinstance(start, int) or not 0 <= start < self.embedding.num_embeddings:
+            raise ConfigurationError(
+                f"The model ({self.name}) does not say what its decoder begins with, but {start}: set "
+                "`decoder_start_token_id` in its configuration to one token."
+            )
+        return start
 
     def check_lengths(self, source: int, target: int) -> None:
         """Check encoder and decoder; see :class:`Backbone`."""

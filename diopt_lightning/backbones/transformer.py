@@ -185,9 +185,9 @@ class TransformersBackbone(Backbone):
             ConfigurationError: If it does not.
         """
         embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-        if len(tokenizer) > embeddings:
+        if (tokens := number_of_ids(tokenizer)) > embeddings:
             raise ConfigurationError(
-                f"The tokenizer has {len(tokenizer)} tokens, and the model ({self.name}) {embeddings} embeddings: "
+                f"The tokenizer has {tokens} tokens, and the model ({self.name}) {embeddings} embeddings: "
                 "`data.tokenizer` must be the one of the model, or `vocab_size` of its configuration at least as large."
             )
 
@@ -198,3 +198,8 @@ class TransformersBackbone(Backbone):
                 f"{what} may have {needed} tokens together, and the model ({self.name}) has {positions} positions: "
                 "lower `data.max_source_length` or `data.max_target_length`."
             )
+
+
+def number_of_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many embeddings a tokenizer's ids need; some leave ids out, and have fewer tokens."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diopt_lightning.callbacks.results import results_folder
 from diopt_lightning.data.files import write_whole
-from diopt_lightning.data.text_format import encode
+from diopt_lightning.data.long_texts import definition_ids
 from diopt_lightning.errors import ConfigurationError
 from diopt_lightning.inspection import Report, page, picture
 from diopt_lightning.inspection.diversity import measure, task_vectors, two_dimensional
@@ -53,7 +53,7 @@ class LearnedInstructions(pl.Callback):
             return
         tokenizer = pl_module.data.tokenizer
         texts = [task.definitions[0] for task in pl_module.data.split_tasks("train")]
-        rows = [encode(tokenizer, text) for text in texts]
+        rows = definition_ids(tokenizer, texts, "definitions that learned instructions are compared with")
         self._definitions = [torch.tensor(row, dtype=torch.long) for row in rows]
         if trainer.global_step == 0:
             self.moments = []

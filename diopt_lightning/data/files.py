@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def load_pretrained(auto_class: Any, name: str, what: str, **options: Any) -> An
             why = "it comes with code of its own, which is never run: give one whose code transformers has itself"
         elif not os.path.isdir(name):
             why = f"it is neither a folder with one nor a name on the hub that can be reached ({one_line(error, 200)})"
+        elif kind := re.search(r"Unrecognized configuration class <class '.*\.(\w+)Config'>", str(error)):
+            why = f"it is one of another kind, {kind[1]}: give another one, or what loads that kind"
         elif pointers := [path.name for path in Path(name).iterdir() if is_lfs_pointer(path)]:
             why = f"its file {pointers[0]} is a Git LFS pointer: fetch the content with `git lfs pull`"
         else:

@@ -1,7 +1,9 @@
 """Texts that are far longer than what is kept of them are cut before they are tokenized."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.text_format import encode
@@ -11,6 +13,8 @@ from diopt_lightning.errors import ConfigurationError
 CHARACTERS = 6
 # Characters at the end of a text that stay, because a prompt asks for its output there.
 END = 256
+# What is read of a text that has no limit of its own: the official one of a source, and of a target.
+SOURCE, TARGET = 1024, 128
 # Tokenizers take about 200 bytes for a character. WordPiece takes words of up to 100 characters apart.
 LARGEST, MARGIN = 10_000_000, 128
 
@@ -41,6 +45,19 @@ def shortened(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, before
             f"the whole, is too long to be tokenized: shorten it to {LARGEST:,}."
         )
     return text
+
+
+def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[int]:
+    """The first ids of a text, of which no more is tokenized than it takes to tell them."""
+    return encode(tokenizer, shortened(tokenizer, text, tokens))[:tokens]
+
+
+def definition_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], what: str) -> list[list[int]]:
+    """The first 1024 ids of definitions; how many of them have more is said, by what they are called."""
+    rows = [first_ids(tokenizer, text, SOURCE + 1) for text in texts]
+    if cut := sum(len(row) > SOURCE for row in rows):
+        rank_zero_info(f"{what}: {cut:,} of {len(rows):,} cut to {SOURCE} tokens")
+    return [row[:SOURCE] for row in rows]
 
 
 @lru_cache(maxsize=64)  # a long definition is the beginning of every prompt of its task

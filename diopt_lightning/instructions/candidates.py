@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.collate import pad
-from diopt_lightning.data.long_texts import shortened
+from diopt_lightning.data.long_texts import first_ids
 from diopt_lightning.data.prompts import close, example_body, example_header
 from diopt_lightning.data.tasks import Example, Task
 from diopt_lightning.data.text_format import encode
@@ -168,14 +168,13 @@ def tokenize_candidates(
         ConfigurationError: If a candidate is longer and must not be cut.
     """
     texts = [[candidate.text(explanations) for candidate in candidates] for candidates in rows]
-    encoded = [[encode(tokenizer, shortened(tokenizer, text, length)) for text in row] for row in texts]
-    too_long = [(text, ids) for t, e in zip(texts, encoded, strict=True) for text, ids in zip(t, e, strict=True)]
-    too_long = [(text, ids) for text, ids in too_long if len(ids) > length]
+    encoded = [[first_ids(tokenizer, text, length + 1) for text in row] for row in texts]
+    pairs = [pair for t, e in zip(texts, encoded, strict=True) for pair in zip(t, e, strict=True)]
+    too_long = [text for text, ids in pairs if len(ids) > length]
     if too_long and not cut:
-        text, tokens = too_long[0]
         raise ConfigurationError(
-            f"{len(too_long)} candidates are longer than `candidate_length`, {length} tokens; the first has "
-            f"{len(tokens)}: {text[:60]!r}. Raise the limit, or let them be cut (`cut_candidates`)."
+            f"{len(too_long)} candidates are longer than `candidate_length`, {length} tokens; the first of them is "
+            f"{too_long[0][:60]!r}. Raise the limit, or let them be cut (`cut_candidates`)."
         )
     if too_long:
         total = sum(map(len, rows))

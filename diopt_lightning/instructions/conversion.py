@@ -10,9 +10,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, pad
 from diopt_lightning.data.files import load_pretrained
+from diopt_lightning.data.long_texts import SOURCE, TARGET, first_ids
 from diopt_lightning.data.prompts import render_input
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.data.text_format import encode, special_tokens
+from diopt_lightning.data.text_format import special_tokens
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Embed, Tokenizer, outer_dtype
 from diopt_lightning.instructions.initialization import embedding_scale
@@ -36,11 +37,14 @@ def instance_tokens(batch: Batch, targets: bool) -> tuple[Tensor, Tensor]:
 
 
 def example_batch(index: int, task: Task, tokenizer: Tokenizer) -> Batch:
-    """The first instances of a task as a batch, without human-written instructions: to say what becomes of them."""
+    """The first instances of a task as a batch, without human-written instructions: to say what becomes of them.
+
+    Texts are cut to the official limits of sources and targets.
+    """
     instances = task.instances[:DESCRIBED_INSTANCES]
     before, after = special_tokens(tokenizer)
-    sources = [[*before, *encode(tokenizer, render_input(instance.input)), *after] for instance in instances]
-    targets = [[*before, *encode(tokenizer, instance.outputs[0]), *after] for instance in instances]
+    sources = [[*before, *first_ids(tokenizer, render_input(instance.input), SOURCE), *after] for instance in instances]
+    targets = [[*before, *first_ids(tokenizer, instance.outputs[0], TARGET), *after] for instance in instances]
     return Batch(
         input_ids=pad(sources, tokenizer.pad_token_id),
         attention_mask=pad([[1] * len(source) for source in sources], 0),
@@ -168,8 +172,19 @@ class Transformer(Encoding):
         return cast(nn.Module, encoder).to(embedding.weight.device, outer_dtype(embedding))
 
     def outputs(self, ids: Tensor, mask: Tensor, embed: Embed) -> Tensor:
-        """The encoder's output for each token of texts ``(batch, length)``: ``(batch, length, width)``."""
+        """The encoder's output for each token of texts ``(batch, length)``: ``(batch, length, width)``.
+
+        Raises:
+            ConfigurationError: If a text is longer than a pretrained encoder has positions for.
+        """
         if self.pretrained is not None:
+            positions = getattr(self.encoder.config, "max_position_embeddings", None)
+            if positions is not None and ids.shape[1] > positions:
+                raise ConfigurationError(
+                    f"A text of {ids.shape[1]} tokens is given to the encoder `{self.pretrained}`, which has "
+                    f"{positions} positions: lower `data.max_source_length` or `candidate_length`, or take another "
+                    "encoder."
+                )
             return cast(Tensor, self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
         return cast(Tensor, self.encoder(embed(ids), src_key_padding_mask=~mask))
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from diopt_lightning.data.collate import Batch, pad
+from diopt_lightning.data.long_texts import definition_ids
 from diopt_lightning.data.prompts import close
-from diopt_lightning.data.text_format import encode
 from diopt_lightning.instructions.base import Embed, InstructionEmbeddings, Tasks, Tokenizer, embedded
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.instructions.embedder import nearest_tokens
@@ -18,8 +18,8 @@ class EmbedderFromDefinition(ConvertingEmbedder):
     """Instruction embedder, instruction to instruction: a network makes a soft instruction of the task's definition.
 
     As :class:`~diopt_lightning.instructions.EmbedderIC`, with the human-written instruction in the place of the
-    instance: the network reads ``Definition: ...``, of the first definition. Every task has an instruction of its own,
-    and so has one that it was not trained on, whose answers nothing looks at.
+    instance: the network reads ``Definition: ...``, of the first definition, up to 1024 tokens. Every task has an
+    instruction of its own, and so has one that it was not trained on, whose answers nothing looks at.
 
     Args:
         conversion: The network. Default: mean-pooled embeddings -> linear -> 64 vectors.
@@ -41,7 +41,8 @@ class EmbedderFromDefinition(ConvertingEmbedder):
     def build(self, tasks: Tasks, tokenizer: Tokenizer, embedding: nn.Embedding, unseen: Tasks = ()) -> None:
         """Tokenize the definitions and make the network; see :class:`Instruction`."""
         self.task_names = [task.name for task in tasks]
-        rows = [encode(tokenizer, f"Definition: {close(task.definitions[0])}\n\n") for task in [*tasks, *unseen]]
+        texts = [f"Definition: {close(task.definitions[0])}\n\n" for task in [*tasks, *unseen]]
+        rows = definition_ids(tokenizer, texts, "definitions that are converted")
         masks = pad([[1] * len(row) for row in rows], 0).bool()
         # Not in the checkpoint: they follow from the data.
         device = embedding.weight.device

@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from diopt_lightning.data.long_texts import first_ids
 from diopt_lightning.data.prompts import example_body, example_header
 from diopt_lightning.data.tasks import Task
-from diopt_lightning.data.text_format import encode
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions.base import Tasks, Tokenizer, embedded, outer_dtype
 
@@ -86,7 +86,7 @@ class TextOfTask(Initialization):
         """
         rows = []
         for task in tasks:
-            ids = encode(tokenizer, self.text(task))
+            ids = first_ids(tokenizer, self.text(task), length)
             if not ids:
                 raise ConfigurationError(f"The text of the task `{task.name}` has no tokens: choose another init.")
             rows.append((ids * -(-length // len(ids)))[:length])

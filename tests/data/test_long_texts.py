@@ -1,6 +1,7 @@
 """Texts that are far longer than what is kept of them, and how the official trainer cuts."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,20 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from diopt_lightning import ConfigurationError
+from diopt_lightning import ConfigurationError, callbacks
 from diopt_lightning.data import Example, Instance, PromptFormat, Task, long_texts, text_format, tokenization
-from diopt_lightning.data.long_texts import shortened
+from diopt_lightning.data.long_texts import first_ids, shortened
 from diopt_lightning.data.synthetic import word_tokenizer
 from diopt_lightning.data.tasks import read_tasks
 from diopt_lightning.data.text_format import ASKS, causal_format, encode, encoder_decoder_format
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer
+from diopt_lightning.instructions import CandidatePool, EmbedderFromDefinition, TokenWise
+from diopt_lightning.instructions.candidates import tokenize_candidates
+from diopt_lightning.instructions.conversion import example_batch
+from diopt_lightning.instructions.initialization import Definition, Exemplar
 
 UNITS = st.text("abx {1.\u00e9\u4eca\n", min_size=1, max_size=5)
 
@@ -30,6 +36,7 @@ def check(tokenizer, unit, times, end, tokens):
     assert ids[:tokens] == whole[:tokens]
     assert (len(ids) > tokens) == (len(whole) > tokens)
     assert ids[-asking:] == whole[-asking:]
+    assert first_ids(tokenizer, text, tokens) == whole[:tokens]
     return len(short) < len(text)
 
 
@@ -93,6 +100,68 @@ def test_rows_of_long_texts_are_what_they_were_and_little_of_them_is_tokenized(t
     assert found == list(tokenization._rows([(0, task(*texts), [0, 1, 2])], t5, options))
     assert max(tokenized) > 50_000
     assert found[0]["cut_targets" if place == 2 else "cut_source"] == 1
+
+
+def converted(tokenizer: Any, tasks: list[Task]) -> list[Any]:
+    embedder = EmbedderFromDefinition(TokenWise(max_length=16))
+    embedder.build(tasks, tokenizer, nn.Embedding(len(tokenizer), 4))
+    return embedder.definition_ids.tolist()
+
+
+def compared(tokenizer: Any, tasks: list[Task]) -> list[Any]:
+    callback, data = callbacks.LearnedInstructions(), SimpleNamespace(tokenizer=tokenizer, split_tasks=lambda _: tasks)
+    callback.moments = [{}]
+    callback.on_train_start(SimpleNamespace(global_step=1), SimpleNamespace(data=data))
+    return [ids.tolist() for ids in callback._definitions]
+
+
+def candidates(tokenizer: Any, tasks: list[Task]) -> list[Any]:
+    rows = [CandidatePool(definitions=True).candidates(task, 8) for task in tasks]
+    return tokenize_candidates(rows, 8, 1, 40, False, True, tokenizer).ids.tolist()
+
+
+def initial(kind: Any) -> Any:
+    embedding = nn.Embedding(40_000, 2)
+    return lambda tokenizer, tasks: kind()(tasks, 50, tokenizer, embedding).tolist()
+
+
+# What reads texts of tasks beside the rows of training and evaluation.
+READERS = {
+    "the definitions that are converted": (converted, [1024, 1024]),
+    "the definitions that instructions are compared with": (compared, [1024, 3]),
+    "the instances that are described": (
+        lambda t, tasks: [x.tolist() for x in example_batch(0, tasks[0], t)[:3]],
+        None,
+    ),
+    "candidates": (candidates, None),
+    "a definition to start from": (initial(Definition), None),
+    "an example to start from": (initial(Exemplar), None),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_reads_texts_of_tasks_reads_little_of_long_ones(t5, reader, monkeypatch):
+    monkeypatch.setattr(callbacks.instructions, "learns", lambda _: True)
+    said: list[str] = []
+    monkeypatch.setattr(long_texts, "rank_zero_info", said.append)
+    read, lengths = READERS[reader]
+    long = "The apple, a river and 12 castles. " * 1000
+    example = (Example(long, long),)
+    tasks = [
+        dataclasses.replace(task(long, long, long), positive_examples=example),
+        dataclasses.replace(task("The river.", "b", "c"), positive_examples=(Example("a", "b"),)),
+    ]
+    seen, whole = [], []
+    original = text_format._ids
+    monkeypatch.setattr(text_format, "_ids", lambda t, text, **o: seen.append(len(text)) or original(t, text, **o))
+    found = read(t5, tasks)
+    assert 100 < max(seen) < 10_000
+    if lengths is not None:
+        assert [len(row) for row in found] == lengths
+        assert [line for line in said if line.endswith(": 1 of 2 cut to 1024 tokens")] == said != []
+    monkeypatch.setattr(long_texts, "shortened", lambda tokenizer, text, *_: whole.append(len(text)) or text)
+    assert found == read(t5, tasks)
+    assert max(seen) == max(whole) > 30_000
 
 
 def test_what_is_too_long_to_be_told_by_its_beginning_is_refused_by_name(t5, monkeypatch):
