@@ -458,6 +458,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         ({"inner_parameters": lambda m: m.table.parameters()}, "`table` has sparse gradients"),
         ({"inner_parameters": lambda m: [*m.model.parameters(), m.weights]}, "`weights` of .* is both inner and outer"),
         ({"inner_loss": lambda m, batch: {"loss": 1.0}}, "`inner_loss` returned dict, expected a scalar tensor"),
+        ({"outer_loss": lambda m, batch: 1j * m.model(batch[0]).mean()}, "`outer_loss` returned torch.complex128"),
         ({"inner_loss": lambda m, batch: m.model(batch[0])}, r"`inner_loss` returned a tensor of shape \(4, 1\)"),
         ({"inner_loss": lambda m, batch: torch.ones(())}, "`inner_loss` returned a tensor without a gradient graph"),
         ({"outer_loss": lambda m, batch: (torch.ones(()), 1)}, "`outer_loss` returned tuple, expected a scalar tensor"),

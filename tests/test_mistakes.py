@@ -88,6 +88,7 @@ def misuses_lightning(self: LightningModule) -> None:
         (BlankExemplarsDataModule, "prepare_data", raises),
         (InstructionOptimization, "inner_loss", raises),
         (InstructionOptimization, "on_train_start", misuses_lightning),
+        (torch.optim.Adam, "step", raises),
         (None, "", None),
     ],
 )

@@ -14,17 +14,17 @@ from torch.optim import Optimizer
 
 from diopt_lightning.bilevel import BilevelProblem, Hypergradient, HypergradientEstimator
 from diopt_lightning.bilevel.sharding import any_sharded
-from diopt_lightning.errors import ConfigurationError, require_at_least, users_mistake
+from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import check_clip, clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
 from diopt_lightning.modules.parameters import (
-    COMPLAINTS,
     check_held,
     check_levels,
     check_optimizer,
     check_parameters,
     made_optimizer,
+    of_pytorch,
 )
 from diopt_lightning.modules.schedules import end_with_the_run, made_scheduler, steps_of_a_run
 from diopt_lightning.modules.strategies import (
@@ -111,8 +111,9 @@ class Level:
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         check_held(self.name, plain, parameters)
         clip(parameters, norm, self.gradient_clip)
+        then = "choose another one, or other options (a checkpoint has those of its own optimizer)."
         what = f"`{self.name}_optimizer` or `{self.name}_scheduler` cannot take a step with {type(plain).__name__}"
-        with users_mistake(*COMPLAINTS, what=what, then="choose another one, or other options."):
+        with of_pytorch(what, then):
             optimizer.step()
             optimizer.zero_grad()
             for config in trainer.lr_scheduler_configs:

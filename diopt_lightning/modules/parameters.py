@@ -1,7 +1,9 @@
 """What a module and its optimizers say about the parameters of a level, checked before anything is trained."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,8 +14,9 @@ from torch.optim import Optimizer
 from diopt_lightning.errors import ConfigurationError, users_mistake
 from diopt_lightning.modules.strategies import refuse_underflow
 
-# What optimizers and schedulers raise for parameters and options that do not suit them.
+# What optimizers and schedulers raise for parameters and options that do not suit them, and where.
 COMPLAINTS = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, AttributeError)
+WHERE = ("torch.optim", "diopt_lightning.modules.parameters", "diopt_lightning.modules.schedules")
 
 
 def once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -84,6 +87,23 @@ def check_levels(inner: Sequence[Tensor], outer: Sequence[Tensor], module: nn.Mo
         )
 
 
+@contextmanager
+def of_pytorch(what: str, then: str) -> Iterator[None]:
+    """Make one sentence of what PyTorch's optimizers and schedulers raise; a bug of somebody's own stays as it is.
+
+    Raises:
+        ConfigurationError: In place of those errors; see :func:`~diopt_lightning.errors.users_mistake`.
+    """
+    try:
+        yield
+    except COMPLAINTS as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith(WHERE):
+            raise
+        with users_mistake(type(error), what=what, then=then):
+            raise
+
+
 def made_optimizer(option: str, make: OptimizerCallable, given: Any) -> Optimizer:
     """Make the optimizer of an option for these parameters, or groups of them.
 
@@ -91,7 +111,7 @@ def made_optimizer(option: str, make: OptimizerCallable, given: Any) -> Optimize
         ConfigurationError: If it cannot be made, is none, or divides by 0.
     """
     then = "choose one that takes all of them, with options of its own."
-    with users_mistake(*COMPLAINTS, what=f"`{option}` cannot be made for the parameters that it is given", then=then):
+    with of_pytorch(f"`{option}` cannot be made for the parameters that it is given", then):
         optimizer: Any = make(given)
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from diopt_lightning.errors import ConfigurationError, require_at_least, users_mistake
-from diopt_lightning.modules.parameters import COMPLAINTS
+from diopt_lightning.errors import ConfigurationError, require_at_least
+from diopt_lightning.modules.parameters import of_pytorch
 
 
 class LinearWithWarmup(LRScheduler):
@@ -74,7 +74,7 @@ def made_scheduler(option: str, make: LRSchedulerCallable, optimizer: Optimizer)
         ConfigurationError: If it cannot be made, is none of this optimizer, or needs a metric.
     """
     then = "give a function that takes an optimizer and returns a scheduler, with all that it needs."
-    with users_mistake(*COMPLAINTS, what=f"`{option}` cannot be made", then=then):
+    with of_pytorch(f"`{option}` cannot be made", then):
         scheduler: Any = make(optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigurationError(
