@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 # What disks, their limits and their owners say to a file that is written.
 OF_THE_DISK = {
     errno.ENOSPC,
@@ -85,7 +87,7 @@ def users_mistake(*errors: type[Exception], what: str, then: str) -> Iterator[No
     """
     try:
         yield
-    except (ConfigurationError, TrainingError):
+    except (ConfigurationError, TrainingError, torch.OutOfMemoryError):
         raise
     except errors as error:
         kind = f"{type(error).__name__}: " if isinstance(error, LookupError | AttributeError | TypeError) else ""

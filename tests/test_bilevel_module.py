@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from diopt_lightning import BilevelModule, ConfigurationError
@@ -27,6 +28,7 @@ from diopt_lightning.bilevel import (
     second_order,
 )
 from diopt_lightning.callbacks import Results
+from diopt_lightning.modules import LinearWithWarmup
 from tests.estimators import Claim, claiming
 from tests.helpers import quiet_trainer
 
@@ -406,6 +408,7 @@ class Bringing(HyperCleaning):
         self.frozen, self.loose = nn.Linear(1, 1).requires_grad_(False), torch.ones(2, requires_grad=True)
         self.phase, self.lazy = nn.Parameter(torch.zeros(2, dtype=torch.complex128)), nn.LazyLinear(1)
         self.table = nn.Embedding(2, 1, sparse=True)
+        self.short = nn.Parameter(torch.zeros(2, dtype=torch.float16))
 
     def inner_parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
@@ -455,6 +458,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         ({"inner_parameters": lambda m: m.table.parameters()}, "`table` has sparse gradients"),
         ({"inner_parameters": lambda m: [*m.model.parameters(), m.weights]}, "`weights` of .* is both inner and outer"),
         ({"inner_loss": lambda m, batch: {"loss": 1.0}}, "`inner_loss` returned dict, expected a scalar tensor"),
+        ({"outer_loss": lambda m, batch: 1j * m.model(batch[0]).mean()}, "`outer_loss` returned torch.complex128"),
         ({"inner_loss": lambda m, batch: m.model(batch[0])}, r"`inner_loss` returned a tensor of shape \(4, 1\)"),
         ({"inner_loss": lambda m, batch: torch.ones(())}, "`inner_loss` returned a tensor without a gradient graph"),
         ({"outer_loss": lambda m, batch: (torch.ones(()), 1)}, "`outer_loss` returned tuple, expected a scalar tensor"),
@@ -463,6 +467,19 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         ({"inner_optimizer": lambda parameters: sgd(parameters[:1])}, "SGD with 1 of the 4 parameters"),
         ({"outer_optimizer": lambda p: sgd([nn.Parameter(torch.ones(1))])}, "0 of the 1 parameters .* and 1 others"),
         ({"inner_optimizer": torch.optim.LBFGS}, "`inner_optimizer` is LBFGS, which evaluates the loss several times"),
+        ({"outer_parameters": property(lambda m: [m.weights])}, r"`outer_parameters\(\)` .* is list and no method"),
+        ({"inner_parameters": lambda m: [*m.model.parameters()][: 1 + m.global_step]}, "has 1 that its optimizer does"),
+        ({"outer_parameters": lambda m: [m.short], "outer_optimizer": torch.optim.Adam}, "`eps` of Adam is 1e-08"),
+        ({"outer_optimizer": torch.optim.Muon}, "`outer_optimizer` cannot be made .*Muon only supports 2D"),
+        ({"inner_optimizer": lambda: None}, "`inner_optimizer` cannot be made .*TypeError"),
+        ({"inner_optimizer": torch.optim.SparseAdam}, "`inner_optimizer` .* cannot take a step with SparseAdam"),
+        ({"inner_scheduler": lambda optimizer: None}, "`inner_scheduler` made NoneType"),
+        ({"outer_scheduler": torch.optim.lr_scheduler.StepLR}, "`outer_scheduler` cannot be made .*'step_size'"),
+        ({"outer_scheduler": lambda o: LinearWithWarmup(sgd([nn.Parameter(torch.ones(1))]))}, "is no scheduler of the"),
+        (
+            {"inner_scheduler": lambda o: OneCycleLR(o, 0.1, 1)},
+            "`inner_scheduler` cannot take a step with .*total steps",
+        ),
     ],
 )
 def test_what_a_level_cannot_be_trained_with_is_named(change, message):

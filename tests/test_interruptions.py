@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from diopt_lightning.cli import main
 from diopt_lightning.resuming.checkpoint_finding import checkpoints, newest_checkpoint
@@ -93,6 +94,28 @@ def test_told_to_stop(number, processes, ranks, uninterrupted, tmp_path):
     again = Run(going_on[1:], root, processes)
     assert again.status() == 0, again.said.read_text()
     assert_equal(final(root), uninterrupted(processes, workers))
+
+
+class Told(Callback):
+    """Is told to end by SIGTERM at some moment of a run."""
+
+    def __init__(self, when: str) -> None:
+        setattr(self, when, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "when", "said"),
+    [
+        ("fit", "on_train_start", "diopt: Stopped by SIGTERM at step 0"),  # after a batch, of which a step takes two
+        ("validate", "on_validation_batch_start", ""),
+    ],
+)
+def test_told_to_stop_before_and_beside_training(subcommand, when, said, tmp_path):
+    told = f"--trainer.callbacks={json.dumps([{'class_path': f'{__name__}.Told', 'init_args': {'when': when}}])}"
+    run = Run([subcommand, *command(tmp_path)[1:-1], "--trainer.num_sanity_val_steps=0", told], tmp_path)
+    assert run.status() in (128 + signal.SIGTERM, -signal.SIGTERM), run.said.read_text()
+    assert said in run.said.read_text()
+    assert "Traceback" not in run.said.read_text()
 
 
 def test_a_group_of_processes_is_told_to_stop(tmp_path):

@@ -53,6 +53,10 @@ def callbacks(name: str, **options: Any) -> str:
         ("--ckpt_path=hpc", "no HPC checkpoint was found"),
         (callbacks(f"{CALLBACKS}.EarlyStopping", monitor="nonsense"), "`nonsense` which is not available"),
         (callbacks(f"{CALLBACKS}.EarlyStopping"), "monitor"),
+        (callbacks(f"{CALLBACKS}.GradientAccumulationScheduler", scheduling={0: 2}), "set `model.inner_accumulation`"),
+        (callbacks(f"{CALLBACKS}.LearningRateFinder"), "compare short runs"),
+        (callbacks(f"{CALLBACKS}.StochasticWeightAveraging", swa_lrs=0.1), "take `WeightAveraging`"),
+        (callbacks(f"{CALLBACKS}.BackboneFinetuning"), "`model.backbone.inner_parameters`"),
     ],
 )
 def test_a_mistake_that_a_library_notices_is_one_sentence(argument, message, tmp_path, capfd):
@@ -84,6 +88,7 @@ def misuses_lightning(self: LightningModule) -> None:
         (BlankExemplarsDataModule, "prepare_data", raises),
         (InstructionOptimization, "inner_loss", raises),
         (InstructionOptimization, "on_train_start", misuses_lightning),
+        (torch.optim.Adam, "step", raises),
         (None, "", None),
     ],
 )

@@ -1,11 +1,14 @@
 """What losses log, and change in metrics and buffers, counts once, however often a solver evaluates them."""
 
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.wrappers import Running
 
 from diopt_lightning.bilevel import Chebyshev, FiniteDifference, Hypergradient, HypergradientEstimator, Neumann
 from tests.estimators import Claim, claiming
@@ -76,15 +79,20 @@ def test_only_the_evaluations_of_training_steps_and_the_first_outer_one_count(ma
     assert (direct.count("direct/inner"), direct.count("direct/outer")) == (8, 4)
 
 
-def test_every_evaluation_starts_from_the_same_buffers():
+def test_every_evaluation_starts_from_the_same_state():
     class Drifting(HyperCleaning):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+            self.attribute = torch.ones((), dtype=torch.float64)
+            self.generator, self.rows = torch.Generator(), Running(SumMetric(), window=2)
 
         def inner_loss(self, batch: Any) -> Tensor:
             self.scale *= 1.5
-            return self.scale * super().inner_loss(batch)
+            self.attribute *= 1.5
+            drawn = random.random() + numpy.random.random() + torch.rand((), generator=self.generator)  # noqa: NPY002
+            factor = self.scale * self.attribute * self.rows(1.0) * self.rows.compute() * drawn
+            return factor * super().inner_loss(batch)
 
     module = Drifting()
     problem = module.problem([next(iter(loaders()["inner"]))], next(iter(loaders()["outer"])))
@@ -92,4 +100,6 @@ def test_every_evaluation_starts_from_the_same_buffers():
     values = [loss() for _ in range(3)]
     assert values[0] == values[1] == values[2]
     values[0].backward()  # of a graph whose buffer was not changed behind its back
-    assert module.scale == 1
+    assert module.scale == module.attribute == 1
+    assert module.rows._computed is None
+    assert module.rows._num_vals_seen == 0

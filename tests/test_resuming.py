@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import BatchSizeFinder, LambdaCallback
 from lightning.pytorch.trainer.connectors import signal_connector
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
@@ -212,7 +212,7 @@ def test_a_round_that_was_dealt_to_other_processes_is_refused_and_what_works_is_
 
 
 class Batches(pl.Callback):
-    """Notes the instances of every batch, by the number of the batch."""
+    """Notes the instances of every batch, by the number of the batch, and asks for loaders of its own."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[Any]] = {}
@@ -222,6 +222,7 @@ class Batches(pl.Callback):
     ) -> None:
         at = trainer.fit_loop.total_batch_idx
         self.seen[at] = [(each.task.tolist(), each.instance.tolist()) for each in batch.values()]
+        next(iter(trainer.datamodule.train_dataloader()["inner"]))  # type: ignore[attr-defined]
 
 
 def test_loaders_that_are_made_anew_go_on_and_those_of_another_run_begin(blank_exemplars, tmp_path):
@@ -244,6 +245,17 @@ def test_loaders_that_are_made_anew_go_on_and_those_of_another_run_begin(blank_e
     for number in (in_epoch - 1, in_epoch):
         resumed = batches(1, data(blank_exemplars, tmp_path), ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
         assert resumed == {at: batch for at, batch in expected.items() if at > number}
+
+
+def test_a_search_for_a_batch_size_leaves_the_streams_at_their_beginning(blank_exemplars, tmp_path):
+    size, runs = 2, []
+    for finders in ([BatchSizeFinder(init_val=2, max_trials=1, steps_per_trial=2)], []):
+        rows, seen = data(blank_exemplars, tmp_path, batch_size=size), Batches()
+        trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=[*finders, seen])
+        trainer.fit(optimization(EmbedderDP(length=2)), rows)
+        size = rows.batch_size
+        runs.append(seen.seen)
+    assert runs[0] == runs[1]
 
 
 SLURM = {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "7", "NNODES": "1", "NTASKS_PER_NODE": "1"}

@@ -1,9 +1,11 @@
 """The bilevel problem: two losses, two groups of parameters."""
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -141,8 +143,13 @@ def replayed(loss: Loss, autocast: Autocast | None) -> Loss:
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         devices = [torch.cuda.current_device()] if used else []
         casting = nullcontext() if autocast is None else autocast.again()
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), casting:
-            return loss()
+        others = random.getstate(), numpy.random.get_state()  # noqa: NPY002
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), casting:
+                return loss()
+        finally:
+            random.setstate(others[0])
+            numpy.random.set_state(others[1])  # noqa: NPY002
 
     return evaluate
 
@@ -151,13 +158,17 @@ def scalar(loss: Tensor, name: str) -> Tensor:
     """Return ``loss`` as a zero-dimensional tensor.
 
     Raises:
-        ConfigurationError: If it is no tensor of one element.
+        ConfigurationError: If it is no tensor of one real element.
     """
     if not isinstance(loss, Tensor):
         raise ConfigurationError(f"`{name}` returned {type(loss).__name__}, expected a scalar tensor.")
     if loss.numel() != 1:
         raise ConfigurationError(
             f"`{name}` returned a tensor of shape {tuple(loss.shape)}: reduce it to a scalar (mean or sum)."
+        )
+    if loss.is_complex():
+        raise ConfigurationError(
+            f"`{name}` returned {loss.dtype}: return a real number, such as its `.real` or `.abs()`."
         )
     return loss.reshape(())
 

@@ -142,7 +142,6 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: dict[str, Dataset] = {}
         self._positions: dict[str, dict[str, int]] = {}
-        self._train_loaders: dict[str, ResumableDataLoader] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -179,7 +178,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the tasks and open the token cache."""
         if is_fitting(self.trainer):
-            self._positions, self._train_loaders = {}, {}  # those of an earlier run
+            self._positions = {}  # those of an earlier run
         needed = {"fit": SPLITS[:3], "validate": ("dev",), "test": ("test",), "predict": ("test",), None: SPLITS}
         for split in self.prompts:
             if split.split("/")[0] in needed[stage] and split not in self._rows and self.split_tasks(split):
@@ -195,19 +194,19 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             together = outer_batches(self.trainer.lightning_module if self.trainer is not None else None)
             loaders["outer"] = self._train_loader("validation", self.outer_batch_size, len(inner), together)
         # Not only those of a checkpoint: `reload_dataloaders_every_n_epochs` asks for loaders again.
-        positions = self._positions or (self.state_dict() if is_fitting(self.trainer) else {})
+        positions = self.state_dict() or self._positions
         for level in positions.keys() & loaders.keys():
             loaders[level].load_state_dict(positions[level])
-        self._positions, self._train_loaders = {}, loaders
         return loaders
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions in both streams.
+        """Return the positions in both streams, of the loaders that the trainer has: others may have been asked for.
 
         Lightning keeps those of loaders too, and restores them in the middle of an epoch alone: after a checkpoint of
         the end of an epoch, a resumed run would be given the batches of the first one again.
         """
-        return {level: loader.state_dict() for level, loader in self._train_loaders.items()}
+        loaders: Any = self.trainer.train_dataloader if self.trainer is not None and is_fitting(self.trainer) else None
+        return {level: loader.state_dict() for level, loader in (loaders or {}).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep positions for the loaders of a resumed run."""

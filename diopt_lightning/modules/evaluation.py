@@ -20,7 +20,7 @@ from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Description, Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import METRICS, TaskMetric
 from diopt_lightning.modules.predictions import Metrics, Prediction, of_prompt, predictions_of
-from diopt_lightning.modules.strategies import sharding_mesh
+from diopt_lightning.modules.strategies import OF_A_MODEL_TO_COME, refuse_callbacks, sharding_mesh
 
 
 class InstructionEvaluation(pl.LightningModule):
@@ -94,6 +94,15 @@ class InstructionEvaluation(pl.LightningModule):
             )
         return data
 
+    def configure_callbacks(self) -> Sequence[pl.Callback] | pl.Callback:
+        """Refuse callbacks that would look at a model which is not there yet.
+
+        Raises:
+            ConfigurationError: If the trainer has one.
+        """
+        refuse_callbacks(self.trainer, OF_A_MODEL_TO_COME)
+        return super().configure_callbacks()
+
     def configure_model(self) -> None:
         """Make the model and the instruction's parameters, once tasks and tokenizer are known.
 
@@ -110,7 +119,7 @@ class InstructionEvaluation(pl.LightningModule):
         if self.instruction is not None:
             train = self.data.split_tasks("train")
             unseen = self.data.tasks[len(train) :] if self.instructed_evaluation else []
-            self._check_unseen(unseen)
+            check_unseen(self.instruction, unseen, {*self.data.splits.dev, *self.data.splits.test})
             self.instruction.build(train, self.data.tokenizer, self.backbone.embedding, unseen)
         if mesh is not None:
             shard(self.backbone, mesh)
@@ -136,15 +145,6 @@ class InstructionEvaluation(pl.LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         self._returned = state_dict
         return _IncompatibleKeys([], [])
-
-    def _check_unseen(self, unseen: Sequence[Task]) -> None:
-        if unseen and self.instruction is not None and not self.instruction.works_on_unseen_tasks:
-            names = [task.name for task in unseen if task.name in {*self.data.splits.dev, *self.data.splits.test}]
-            raise ConfigurationError(
-                f"{type(self.instruction).__name__} has no instruction for {len(names)} dev and test tasks, such as "
-                f"`{names[0]}`: set `instructed_evaluation` to false, or use a form that is computed from an instance "
-                "without its target (`EmbedderIC` or `ExtractorIC` with `targets: false`)."
-            )
 
     def inner_loss(self, batch: Batch) -> Tensor:
         """Loss of train tasks, with the instruction where there is one."""
@@ -268,6 +268,21 @@ class InstructionEvaluation(pl.LightningModule):
             logger.log_metrics(details, step=self.global_step)
 
     on_test_epoch_end = on_validation_epoch_end
+
+
+def check_unseen(instruction: Instruction, unseen: Sequence[Task], evaluated: set[str]) -> None:
+    """Refuse a form that has no instruction for the tasks that it did not learn from, if it is to be evaluated on some.
+
+    Raises:
+        ConfigurationError: If it has none.
+    """
+    if unseen and not instruction.works_on_unseen_tasks:
+        names = [task.name for task in unseen if task.name in evaluated]
+        raise ConfigurationError(
+            f"{type(instruction).__name__} has no instruction for {len(names)} dev and test tasks, such as "
+            f"`{names[0]}`: set `instructed_evaluation` to false, or use a form that is computed from an instance "
+            "without its target (`EmbedderIC` or `ExtractorIC` with `targets: false`)."
+        )
 
 
 def check_tasks(form: str, saved: Sequence[str], given: Sequence[str]) -> None:

@@ -19,9 +19,10 @@ from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.modules.gradients import check_clip, gradient_norm
 from diopt_lightning.modules.micro_batches import process_weight
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
-from diopt_lightning.modules.schedules import end_with_the_run
+from diopt_lightning.modules.parameters import made_optimizer
+from diopt_lightning.modules.schedules import end_with_the_run, made_scheduler
 from diopt_lightning.modules.skipping import SkippedSteps
-from diopt_lightning.modules.strategies import refuse_underflow, scales_losses, sharding_mesh
+from diopt_lightning.modules.strategies import scales_losses, sharding_mesh
 
 
 class InstructionTuning(InstructionEvaluation):
@@ -167,12 +168,13 @@ class InstructionTuning(InstructionEvaluation):
                 "under ModelParallelStrategy: train with `ddp`, or by `InstructionOptimization`."
             )
         own: dict[str, Any] = {"lr": self.instruction_lr}
-        optimizer = self.optimizer(grouped(self.groups, (theta, {}), (phi, own), option="groups"))
+        given = grouped(self.groups, (theta, {}), (phi, own), option="groups")
+        optimizer = made_optimizer("optimizer", self.optimizer, given)
         check_options(optimizer, self.groups, "groups")
-        refuse_underflow(optimizer)
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        scheduler = made_scheduler("scheduler", self.scheduler, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the count of skipped steps."""

@@ -11,7 +11,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diopt_lightning.bilevel import BilevelProblem, Hypergradient, HypergradientEstimator
 from diopt_lightning.bilevel.sharding import any_sharded
@@ -19,9 +18,22 @@ from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.modules.gradients import check_clip, clip, evaluation_mode
 from diopt_lightning.modules.micro_batches import MicroBatched
 from diopt_lightning.modules.parameter_groups import ParameterGroup, check_options, freeze, grouped
-from diopt_lightning.modules.parameters import check_levels, check_optimizer, check_parameters
-from diopt_lightning.modules.schedules import end_with_the_run, steps_of_a_run
-from diopt_lightning.modules.strategies import check_strategy, refuse_loss_scaling, refuse_trainers_own
+from diopt_lightning.modules.parameters import (
+    check_held,
+    check_levels,
+    check_optimizer,
+    check_parameters,
+    made_optimizer,
+    of_pytorch,
+)
+from diopt_lightning.modules.schedules import end_with_the_run, made_scheduler, steps_of_a_run
+from diopt_lightning.modules.strategies import (
+    OF_TWO_LEVELS,
+    check_strategy,
+    refuse_callbacks,
+    refuse_loss_scaling,
+    refuse_trainers_own,
+)
 
 
 @dataclass
@@ -74,16 +86,12 @@ class Level:
         named = {names.get(parameter, str(index)): parameter for index, parameter in enumerate(parameters)}
         option = f"{self.name}_groups"
         given = grouped(self.groups, (named, {}), option=option) if self.groups else parameters
-        optimizer = check_optimizer(self.name, self.make_optimizer(given), parameters)
+        optimizer = made_optimizer(f"{self.name}_optimizer", self.make_optimizer, given)
+        check_optimizer(self.name, optimizer, parameters)
         check_options(optimizer, self.groups, option)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
-        scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ConfigurationError(
-                f"`{self.name}_scheduler` is a ReduceLROnPlateau, which needs a metric at every step: choose a "
-                "scheduler that follows the number of steps."
-            )
+        scheduler = made_scheduler(f"{self.name}_scheduler", self.make_scheduler, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "name": f"lr-{self.name}"}}
 
     def step(
@@ -96,13 +104,21 @@ class Level:
         """Clip the gradients, whose norm is a finite scalar, take a step along them, and let the schedule follow.
 
         (Lightning counts a step of its own wrapper of an optimizer in ``trainer.global_step``, and of no other.)
+
+        Raises:
+            ConfigurationError: If the optimizer lacks a parameter, or it or the schedule cannot go on.
         """
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        check_held(self.name, plain, parameters)
         clip(parameters, norm, self.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        for config in trainer.lr_scheduler_configs:
-            if config.name == f"lr-{self.name}":
-                config.scheduler.step()  # type: ignore[call-arg]
+        then = "choose another one, or other options (a checkpoint has those of its own optimizer)."
+        what = f"`{self.name}_optimizer` or `{self.name}_scheduler` cannot take a step with {type(plain).__name__}"
+        with of_pytorch(what, then):
+            optimizer.step()
+            optimizer.zero_grad()
+            for config in trainer.lr_scheduler_configs:
+                if config.name == f"lr-{self.name}":
+                    config.scheduler.step()  # type: ignore[call-arg]
 
 
 class TwoLevels(MicroBatched, ABC):
@@ -165,15 +181,16 @@ class TwoLevels(MicroBatched, ABC):
         """Make both optimizers and their schedulers; the inner level comes first.
 
         Raises:
-            ConfigurationError: If the trainer's strategy cannot carry the estimator, parameters or an optimizer of a
-                level cannot be trained or train, or a scheduler needs a metric.
+            ConfigurationError: If the trainer's strategy or precision cannot carry the estimator, parameters or an
+                optimizer of a level cannot be trained or train, or a scheduler needs a metric.
         """
         if self._trainer is not None:
             # Before an optimizer meets a strategy that fails with it, and names no way out.
             check_strategy(self.trainer, self.hypergradient)
+            refuse_loss_scaling(self.trainer)
         names = {parameter: name for name, parameter in self.named_parameters()}
-        phi = check_parameters("outer", self.outer_parameters(), self)
-        theta = check_parameters("inner", self.inner_parameters(), self)
+        phi = check_parameters("outer", self.outer_parameters, self)
+        theta = check_parameters("inner", self.inner_parameters, self)
         check_levels(theta, phi, self)
         inner = self.inner_level.configure(theta, names)
         return inner, self.outer_level.configure(phi, names)  # type: ignore[return-value]
@@ -182,9 +199,8 @@ class TwoLevels(MicroBatched, ABC):
         """Refuse what cannot work, and let all processes start from the same outer parameters.
 
         Raises:
-            ConfigurationError: If the trainer's precision scales the loss, or outer parameters are sharded.
+            ConfigurationError: If outer parameters are sharded.
         """
-        refuse_loss_scaling(self.trainer)
         if any_sharded(self.outer_parameters()):
             raise ConfigurationError(
                 "Outer parameters are sharded: call `fully_shard` on the modules of the inner level alone."
@@ -199,12 +215,13 @@ class TwoLevels(MicroBatched, ABC):
         end_with_the_run(self.trainer, {"lr-inner": inner, "lr-outer": inner / self.inner_steps})
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Refuse the trainer's clip and accumulation before Lightning does, which gives advice that does not fit.
+        """Refuse what the trainer has for one level before Lightning does, which gives advice that does not fit.
 
         Raises:
             ConfigurationError: If the trainer has one.
         """
         refuse_trainers_own(self.trainer)
+        refuse_callbacks(self.trainer, OF_TWO_LEVELS)
         return super().configure_callbacks()
 
     @property

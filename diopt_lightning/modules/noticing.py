@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -44,26 +45,35 @@ class Noticing(pl.LightningModule):
 
 @contextmanager
 def copied_state(module: nn.Module) -> Iterator[None]:
-    """Let a module work on copies of its buffers and of its metrics' states, which the graph of a loss may keep."""
+    """Let a module work on copies of its buffers and of its metrics' states, which the graph of a loss may keep.
+
+    Tensors and generators that are attributes count like buffers, and so does all that a metric keeps.
+    """
     copies: dict[int, Any] = {}
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    generators: dict[torch.Generator, Tensor] = {}
     for part in module.modules():
-        places = [(part._buffers, list(part._buffers))]
+        own = vars(part)
+        names = [name for name, value in own.items() if isinstance(value, Tensor)]
+        generators |= {value: value.get_state() for value in own.values() if isinstance(value, torch.Generator)}
         if isinstance(part, Metric):
-            places.append((vars(part), list(part._defaults)))
-        for place, names in places:
-            before.append((place, dict(place)))
+            names += [*part._defaults, "_computed", "_forward_cache"]
+            names += [name for name, value in own.items() if isinstance(value, int | float)]
+        for place, kept in ((part._buffers, list(part._buffers)), (own, names)):
+            before.append((place, {name: place[name] for name in kept}))
             # One that stands in two places is one there, too.
-            place.update({name: copies.setdefault(id(place[name]), copied(place[name])) for name in names})
+            place.update({name: copies.setdefault(id(place[name]), copied(place[name])) for name in kept})
     try:
         yield
     finally:
         for place, values in before:
             place.update(values)
+        for generator, state in generators.items():
+            generator.set_state(state)
 
 
 def copied(state: Any) -> Any:
-    """A copy of a buffer, or of a state of a metric: a tensor or a list of tensors."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
+    """A copy of a buffer, or of a state of a metric: a tensor or a list of tensors. What has a graph stays in it."""
+    if isinstance(state, Tensor) and not state.requires_grad:
+        return state.clone()
     return list(state) if isinstance(state, list) else state

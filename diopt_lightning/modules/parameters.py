@@ -1,14 +1,22 @@
 """What a module and its optimizers say about the parameters of a level, checked before anything is trained."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from diopt_lightning.errors import ConfigurationError
+from diopt_lightning.errors import ConfigurationError, users_mistake
+from diopt_lightning.modules.strategies import refuse_underflow
+
+# What optimizers and schedulers raise for parameters and options that do not suit them, and where.
+COMPLAINTS = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, AttributeError)
+WHERE = ("torch.optim", "diopt_lightning.modules.parameters", "diopt_lightning.modules.schedules")
 
 
 def once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -17,12 +25,15 @@ def once(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def check_parameters(level: str, given: Any, module: nn.Module) -> list[nn.Parameter]:
-    """Return what a module gives as the parameters of a level, each once, if they can be optimized.
+    """Return what a module's method gives as the parameters of a level, each once, if they can be optimized.
 
     Raises:
         ConfigurationError: If there is none, or one is no parameter of the module, is frozen, or has no real values.
     """
     source = f"`{level}_parameters()` of {type(module).__name__}"
+    if not callable(given):
+        raise ConfigurationError(f"{source} is {type(given).__name__} and no method: define one that returns a list.")
+    given = given()
     if isinstance(given, Tensor | Mapping | str) or not isinstance(given, Iterable):
         raise ConfigurationError(f"{source} returned {type(given).__name__}: return a list of parameters.")
     parameters: list[Any] = once(given)
@@ -46,6 +57,8 @@ def check_parameters(level: str, given: Any, module: nn.Module) -> list[nn.Param
         found = f"`{names[id(parameter)]}` of {source}"
         if is_lazy(parameter):
             raise ConfigurationError(f"{found} has no shape yet: run a batch through its layer in `configure_model`.")
+        if parameter.is_inference():
+            raise ConfigurationError(f"{found} was made under `inference_mode`: make it outside, to be learned.")
         if not parameter.requires_grad:
             raise ConfigurationError(f"{found} does not require a gradient: unfreeze it, or leave it out.")
         if not parameter.is_floating_point():
@@ -74,17 +87,47 @@ def check_levels(inner: Sequence[Tensor], outer: Sequence[Tensor], module: nn.Mo
         )
 
 
-def check_optimizer(level: str, optimizer: Any, parameters: Sequence[nn.Parameter]) -> Optimizer:
+@contextmanager
+def of_pytorch(what: str, then: str) -> Iterator[None]:
+    """Make one sentence of what PyTorch's optimizers and schedulers raise; a bug of somebody's own stays as it is.
+
+    Raises:
+        ConfigurationError: In place of those errors; see :func:`~diopt_lightning.errors.users_mistake`.
+    """
+    try:
+        yield
+    except COMPLAINTS as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith(WHERE):
+            raise
+        with users_mistake(type(error), what=what, then=then):
+            raise
+
+
+def made_optimizer(option: str, make: OptimizerCallable, given: Any) -> Optimizer:
+    """Make the optimizer of an option for these parameters, or groups of them.
+
+    Raises:
+        ConfigurationError: If it cannot be made, is none, or divides by 0.
+    """
+    then = "choose one that takes all of them, with options of its own."
+    with of_pytorch(f"`{option}` cannot be made for the parameters that it is given", then):
+        optimizer: Any = make(given)
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"`{option}` made {type(optimizer).__name__}: give a function that takes parameters and returns "
+            "an optimizer, such as `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`."
+        )
+    refuse_underflow(optimizer)
+    return optimizer
+
+
+def check_optimizer(level: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """Return an optimizer if it can take the steps of a level.
 
     Raises:
-        ConfigurationError: If it is none, has other parameters than the level, or evaluates the loss itself.
+        ConfigurationError: If it has other parameters than the level, or evaluates the loss itself.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigurationError(
-            f"`{level}_optimizer` made {type(optimizer).__name__}: give a function that takes parameters and returns "
-            "an optimizer, such as `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`."
-        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     own = {id(parameter) for parameter in parameters}
     if held != own:
@@ -100,3 +143,18 @@ def check_optimizer(level: str, optimizer: Any, parameters: Sequence[nn.Paramete
             "choose one that follows a gradient, such as AdamW."
         )
     return optimizer
+
+
+def check_held(level: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse parameters that a level has got since its optimizer was made, which would have gradients and no steps.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = sum(id(parameter) not in held for parameter in parameters)
+    if new:
+        raise ConfigurationError(
+            f"`{level}_parameters()` has {new} that its optimizer does not: give what is learned later to "
+            f"`optimizers()[{int(level == 'outer')}].add_param_group`, or all from the beginning."
+        )

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from diopt_lightning.errors import ConfigurationError, require_at_least
+from diopt_lightning.modules.parameters import of_pytorch
 
 
 class LinearWithWarmup(LRScheduler):
@@ -63,6 +65,28 @@ class LinearWithWarmup(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the schedule's length."""
         return {k: v for k, v in super().state_dict().items() if k not in ("warmup_steps", "total_steps")}
+
+
+def made_scheduler(option: str, make: LRSchedulerCallable, optimizer: Optimizer) -> LRScheduler:
+    """Make the scheduler of an option, which follows the number of an optimizer's steps.
+
+    Raises:
+        ConfigurationError: If it cannot be made, is none of this optimizer, or needs a metric.
+    """
+    then = "give a function that takes an optimizer and returns a scheduler, with all that it needs."
+    with of_pytorch(f"`{option}` cannot be made", then):
+        scheduler: Any = make(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigurationError(
+            f"`{option}` is a ReduceLROnPlateau, which needs a metric at every step: choose a scheduler that follows "
+            "the number of steps."
+        )
+    if not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
+        raise ConfigurationError(
+            f"`{option}` made {type(scheduler).__name__}, which is no scheduler of the optimizer that it was given: "
+            "return one, such as `torch.optim.lr_scheduler.StepLR(optimizer, 100)`."
+        )
+    return scheduler
 
 
 def end_with_the_run(trainer: Trainer, steps: Mapping[str | None, float]) -> None:

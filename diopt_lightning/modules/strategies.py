@@ -1,7 +1,16 @@
 """Which of Lightning's strategies can carry a bilevel problem, and with what."""
 
+from collections.abc import Mapping
+
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh
@@ -105,6 +114,33 @@ def refuse_trainers_own(trainer: Trainer) -> None:
                 f"`trainer.{option}` is {given}, and a bilevel run has two levels: set `model.inner_{own}` (which "
                 f"`InstructionTuning` has too) and `model.outer_{own}`, and leave the trainer's out."
             )
+
+
+# What to do in place of callbacks of Lightning's that cannot do their work: with two levels, and with a model that is
+# made only when the data is known, which is after they have looked at its parameters.
+OF_TWO_LEVELS: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "set `model.inner_accumulation` and `model.outer_accumulation`",
+    LearningRateFinder: "compare short runs with several learning rates of each level",
+    StochasticWeightAveraging: "take `WeightAveraging` or `EMAWeightAveraging`",
+}
+OF_A_MODEL_TO_COME: dict[type[Callback], str] = {
+    BaseFinetuning: "say what is learned by `model.backbone.inner_parameters`",
+    LearningRateFinder: "compare short runs with several learning rates",
+    ModelPruning: "prune the model that `diopt export` writes",
+    StochasticWeightAveraging: "take `WeightAveraging` or `EMAWeightAveraging`",
+}
+
+
+def refuse_callbacks(trainer: Trainer, instead: Mapping[type[Callback], str]) -> None:
+    """Refuse callbacks of the trainer's that would end the run with other advice, or do nothing without a word.
+
+    Raises:
+        ConfigurationError: If the trainer has one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, then in instead.items():
+            if isinstance(callback, kind) and trainer.state.fn == TrainerFn.FITTING:
+                raise ConfigurationError(f"{type(callback).__name__} does not work with this module: {then} instead.")
 
 
 def refuse_fabric(module: LightningModule) -> None:

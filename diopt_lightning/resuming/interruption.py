@@ -67,7 +67,9 @@ class Interruption(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how many batches all processes have, after which they can agree on something."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_test_start(trainer, pl_module)
+        elif not trainer.sanity_checking:
             batches = torch.tensor(float(min(sum(trainer.num_val_batches), MANY)), device=pl_module.device)
             self._common = int(trainer.strategy.reduce(batches, reduce_op="min"))
 
@@ -80,9 +82,11 @@ class Interruption(Callback):
             self._stop_if_told_to(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let signals end a test, or a prediction, at once: nothing is lost that a checkpoint could keep."""
+        """Let signals end an evaluation, or a prediction, at once: nothing is lost that a checkpoint could keep."""
         self._leave_alone()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if trainer.received_sigterm:
+            signal.raise_signal(signal.SIGTERM)
 
     on_predict_start = on_test_start
 
@@ -105,7 +109,8 @@ class Interruption(Callback):
             or threading.current_thread() is not threading.main_thread()
         ):
             return
-        self._received = 0
+        # Lightning has listened before, while loaders were made, and ends a run with neither checkpoint nor status.
+        self._received = signal.SIGTERM if trainer.received_sigterm else 0
         for number in {*ENDING, requeue_signal(trainer)} - {None}:
             handler = signal.getsignal(number)
             if number in (signal.SIGTERM, signal.SIGINT) or handler == signal.SIG_DFL or of_lightning(handler):
