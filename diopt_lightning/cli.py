@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -76,6 +77,11 @@ class DioptCLI(CheckedCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it is given; Lightning's own method puts what is in a checkpoint in its place."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a subcommand, during which its folders are its own."""
+        with ExitStack() as self._folders:
+            super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
         """Put a path in the place of the checkpoint ``last``, and refuse what is none before anything is built.
 
@@ -89,7 +95,7 @@ class DioptCLI(CheckedCLI):
             connector: Any = self.trainer._checkpoint_connector
             connector.choose = partial(find_checkpoint, options["ckpt_path"], root, subcommand == "fit")
             options["ckpt_path"] = None
-        take_a_folder(self.trainer)
+        self._folders.enter_context(take_a_folder(self.trainer))
 
     before_validate = before_test = before_predict = before_fit
 

@@ -22,6 +22,9 @@ OF_THE_DISK = {
     errno.ENAMETOOLONG,
 }
 
+# What libraries raise, among others, for what they were not made for. (NotImplementedError is a RuntimeError.)
+OF_A_LIBRARY = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
 
 class ConfigurationError(ValueError):
     """An argument, a file or a combination of them cannot work.

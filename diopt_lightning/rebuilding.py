@@ -70,8 +70,16 @@ class CheckedCLI(LightningCLI):
     """A command line whose configuration may be a stranger's: it makes objects of harmless classes alone."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser that refuses `os`, `pickle` and others, by any name, and makes nothing where all is allowed."""
-        set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
+        """Make a parser that refuses `os`, `pickle` and others, by any name, and makes nothing where all is allowed.
+
+        Nor does it read configurations from addresses, which Lightning has it do.
+        """
+        set_parsing_settings(
+            import_path_denylist=[],
+            instantiate_subclass_spec_in_any=False,
+            config_read_mode_urls_enabled=False,
+            config_read_mode_fsspec_enabled=False,
+        )
         return super().init_parser(**kwargs)
 
     def before_instantiate_classes(self) -> None:

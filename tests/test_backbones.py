@@ -325,7 +325,7 @@ class TestInnerParameters:
     def test_adapters_that_are_instructions_and_layers_that_are_not_there_are_refused(self, tokenizer):
         with pytest.raises(ConfigurationError, match="PROMPT_TUNING of PEFT puts vectors before the input"):
             made("llama", tokenizer, Adapter({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
-        with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaForCausalLM: Target modules"):
+        with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaForCausalLM by LORA: Target modules"):
             made("llama", tokenizer, LoRA(target_modules=["no_such_layer"]))
 
 

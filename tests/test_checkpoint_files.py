@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._pytree import tree_flatten
 
 from diopt_lightning import ConfigurationError
 from diopt_lightning.errors import TrainingError
 from diopt_lightning.instructions import EmbedderDP
-from diopt_lightning.resuming import newest_checkpoint, take_a_folder
+from diopt_lightning.resuming import newest_checkpoint, run_folder, take_a_folder
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 from diopt_lightning.resuming.checkpoint_writing import WholeCheckpoints
 from tests.helpers import quiet_trainer
@@ -147,3 +148,20 @@ def test_runs_that_begin_at_the_same_moment_have_a_folder_each(loggers, tmp_path
     versions = [{logger.version for logger in trainer.loggers} for trainer in trainers]
     assert sorted(versions, key=str) == sorted(({number} for number in range(4, 12)), key=str)
     assert {path.name for path in (tmp_path / "lightning_logs").iterdir()} == {f"version_{n}" for n in range(3, 12)}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_that_is_given_is_that_of_one_run_at_a_time(named, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    loggers = [TensorBoardLogger, CSVLogger] if named else []
+
+    def run() -> Trainer:
+        made = [each(str(tmp_path), version="mine") for each in loggers]
+        return quiet_trainer(logger=made or False, default_root_dir=tmp_path)
+
+    busy = r"Another run is writing to the folder .*`version`"
+    with take_a_folder(run()), pytest.raises(ConfigurationError, match=busy):
+        take_a_folder(run())
+    with take_a_folder(run()), ThreadPoolExecutor(1) as pool:  # a run that is over may be gone on with
+        assert isinstance(pool.submit(take_a_folder, run()).exception(), ConfigurationError)
+    take_a_folder(run()).close()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import diopt_lightning.export.adapter
 import diopt_lightning.export.embeddings
 from diopt_lightning import ConfigurationError
-from diopt_lightning.backbones import LoRA, RandomCausal, RandomSeq2Seq
+from diopt_lightning.backbones import Adapter, LoRA, RandomCausal, RandomSeq2Seq
 from diopt_lightning.cli import main
 from diopt_lightning.data import NaturalInstructionsDataModule, PromptFormat
 from diopt_lightning.data.prompts import render, render_input
@@ -489,6 +489,37 @@ def test_an_exported_model_is_what_was_trained_whatever_is_adapted(choice, famil
         assert torch.equal(backbone.target_losses(batch, None), trained)  # it is left as it was
         backbone.model = auto.from_pretrained(folder)
         torch.testing.assert_close(backbone.target_losses(batch, None), trained, rtol=0, atol=2e-5)
+
+
+KINDS = [{"peft_type": kind.value} for kind in sorted(PEFT_TYPE_TO_CONFIG_MAPPING)]
+KINDS += [{"peft_type": "LORA", option: True} for option in ("use_dora", "use_rslora", "ensure_weight_tying")]
+KINDS += [{"peft_type": "LORA", "modules_to_save": ["lm_head"]}, {"peft_type": "LORA", "bias": "all"}]
+# Those that need a number of each row's task, adapters that are there already, or vectors before the input.
+REFUSED = {"POLY", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING"}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adapters_of_any_method_are_exported_as_they_were_trained_or_refused_by_name(options, family):
+    kind, tokenizer = options["peft_type"], some_tokenizer()
+    fields = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].__dataclass_fields__
+    targets = {"target_modules": ["q_proj", "v_proj"] if family == "llama" else ["q", "v"]}
+    more = {"total_step": 10} if kind == "ADALORA" else {}
+    adapter = Adapter((targets if "target_modules" in fields else {}) | more | options)
+    try:
+        backbone = made(family, tokenizer, adapter).float().eval()
+        merged = plain_model(backbone.model)
+    except ConfigurationError as error:
+        assert kind in str(error)  # noqa: PT017
+        assert kind not in {"LORA", "IA3", "VERA", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "LN_TUNING"}
+        return
+    assert kind not in REFUSED
+    batch = backbones.rows(backbone, tokenizer, TEXTS, TARGETS)
+    with torch.no_grad():
+        trained = backbone.target_losses(batch, None)
+        backbone.model = merged.eval()
+        torch.testing.assert_close(backbone.target_losses(batch, None), trained, rtol=0, atol=1e-4)
 
 
 def test_what_is_written_as_something_else_is_refused_and_removed(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,22 @@ from torch import nn
 from torch.distributed import checkpoint as sharded
 from transformers import AutoModel
 
-from diopt_lightning import ConfigurationError
-from diopt_lightning.backbones import Causal, RandomCausal, Seq2Seq
+from diopt_lightning import BilevelModule, ConfigurationError, InstructionOptimization, InstructionTuning
+from diopt_lightning.backbones import Causal, RandomCausal, RandomSeq2Seq, Seq2Seq
 from diopt_lightning.cli import main
+from diopt_lightning.data import NaturalInstructionsDataModule
 from diopt_lightning.data.files import load_pretrained
 from diopt_lightning.data.synthetic import WORDS, word_tokenizer
 from diopt_lightning.data.tokenization import load_tokenizer
 from diopt_lightning.export import export_model
+from diopt_lightning.instructions import EmbedderDP
 from diopt_lightning.rebuilding import instantiate
 from diopt_lightning.resuming import WholeCheckpoints, find_checkpoint
 from diopt_lightning.resuming.checkpoint_reading import check_parts
 from tests.audit import CANARY, nothing_run_or_written_outside
+from tests.conftest import TINY_T5
+from tests.helpers import quiet_trainer
+from tests.runs import data, optimization
 from tests.test_cli import ROOT, small_run
 
 TINY_LLAMA = {
@@ -88,14 +94,40 @@ def test_what_looks_like_a_class_is_left_as_it_is_where_any_value_is_allowed(tmp
     assert made.backbone.options == backbone["init_args"]["config"]
 
 
-@pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:1/a.ckpt", "https://a/b.ckpt", "s3://a/b", "ftp://a", "memory://a"]
-)
-def test_no_address_is_asked_for_a_checkpoint(address, tmp_path):
-    with nothing_run_or_written_outside(tmp_path):
-        for read in (lambda a: find_checkpoint(a, tmp_path, True), WholeCheckpoints().load_checkpoint):
-            with pytest.raises(ConfigurationError, match="is an address"):
-                read(address)
+ADDRESSES = [
+    "http://127.0.0.1:1/a.ckpt",
+    "https://a/b.ckpt",
+    "s3://a/b",
+    "ftp://a",
+    "hf://a/b",
+    "file:///a",
+    "memory://a",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_address_is_asked_for_anything(address, tmp_path):
+    for read in (
+        lambda a: find_checkpoint(a, tmp_path, True),
+        WholeCheckpoints().load_checkpoint,
+        InstructionOptimization.load_from_checkpoint,
+        InstructionTuning.load_from_checkpoint,
+        BilevelModule.load_from_checkpoint,
+        NaturalInstructionsDataModule.load_from_checkpoint,
+        lambda a: load_pretrained(AutoModel, a, "a model"),
+        load_tokenizer,
+    ):
+        with nothing_run_or_written_outside(tmp_path), pytest.raises(ConfigurationError, match="is an address"):
+            read(address)
+
+
+def test_no_trainer_asks_an_address(blank_exemplars, tmp_path):
+    for module in (optimization(EmbedderDP(length=2)), InstructionTuning(RandomSeq2Seq(dict(TINY_T5)))):
+        for task in ("fit", "test"):
+            run = getattr(quiet_trainer(max_steps=1, limit_val_batches=0), task)
+            allowed = tmp_path, Path(tempfile.gettempdir())  # where a tokenizer is compared with its copy
+            with nothing_run_or_written_outside(*allowed), pytest.raises(ConfigurationError, match="is an address"):
+                run(module, datamodule=data(blank_exemplars, tmp_path), ckpt_path=ADDRESSES[0])
 
 
 class Code:
@@ -159,6 +191,17 @@ def test_a_command_says_so_in_one_sentence(layout, tmp_path, capfd):
     file = configuration("demo.yaml", "inner_optimizer", {"class_path": "os.system", "init_args": {"command": "ls"}})
     assert main(["fit", "--config", str(file)]) == 2
     assert "'os.system' is not allowed" in one_sentence(capfd.readouterr().err)
+    file.write_text(file.read_text() + "seed_everything: !!python/object/apply:os.system ['touch canary']")
+    with nothing_run_or_written_outside(tmp_path):
+        for command in (
+            ["fit", "--config", str(file)],
+            ["fit", "--config", ADDRESSES[0]],
+            ["fit", *small_run(tmp_path), "--model", ADDRESSES[0]],
+            ["instructions", ADDRESSES[0]],
+            ["export", ADDRESSES[0], str(tmp_path / "folder"), "--format=text"],
+        ):
+            assert main(command) == 2
+            one_sentence(capfd.readouterr().err)
     root = layout()
     maps = {"AutoTokenizer": ["stranger.AutoTokenizer", None], "AutoConfig": "stranger.AutoConfig"}
     with_code(root / "tokenizer", "tokenizer_config.json", auto_map=maps, tokenizer_class="Stranger")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from diopt_lightning.errors import ConfigurationError, require_at_least
+from diopt_lightning.errors import OF_A_LIBRARY, ConfigurationError, one_line, require_at_least
 
 BaseDtype = Literal["float32", "bfloat16"]
 
@@ -129,9 +129,9 @@ class Adapter(InnerParameters):
             ) from error
         try:
             config = peft.get_peft_config(dict(self.config))
-        except (KeyError, TypeError) as error:
+        except (*OF_A_LIBRARY, ImportError) as error:
             raise ConfigurationError(
-                f"`config` {dict(self.config)!r} is not one of PEFT ({type(error).__name__}: {error}): give "
+                f"`config` {dict(self.config)!r} is not one of PEFT ({type(error).__name__}: {one_line(error)}): give "
                 f"`peft_type`, one of {sorted(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)}, and its options."
             ) from error
         if config.is_prompt_learning:
@@ -144,8 +144,9 @@ class Adapter(InnerParameters):
                 # PEFT asks transformers by a name that is going away: no news for a user.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
                 return peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ConfigurationError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
+        except (*OF_A_LIBRARY, ImportError) as error:
+            what = f"PEFT cannot adapt {type(model).__name__} by {self.config['peft_type']}"
+            raise ConfigurationError(f"{what}: {one_line(error)}") from error
 
 
 class LoRA(Adapter):

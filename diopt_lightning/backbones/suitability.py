@@ -47,8 +47,8 @@ def check_suitability(
     except Exception as error:  # whatever a family raises for what it does not have
         raise ConfigurationError(
             f"{kind} does not take vectors in the place of tokens, or does not generate from them "
-            f"({type(error).__name__}: {one_line(error)}): use another family of models, or another configuration of "
-            "this one."
+            f"({type(error).__name__}: {one_line(error)}): use another family of models, another configuration of "
+            "this one, or other `inner_parameters`."
         ) from error
     finally:
         model.train(training)

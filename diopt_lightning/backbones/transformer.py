@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from diopt_lightning.backbones.base import Backbone
 from diopt_lightning.backbones.generation import generate_rows
-from diopt_lightning.backbones.inner_parameters import InnerParameters, transformer_layers
+from diopt_lightning.backbones.inner_parameters import Adapter, InnerParameters, transformer_layers
 from diopt_lightning.backbones.rows import insert
 from diopt_lightning.backbones.suitability import check_suitability
 from diopt_lightning.bilevel import checkpoint_activations
@@ -163,9 +163,10 @@ class TransformersBackbone(Backbone):
         def source(by_vectors: bool) -> Source:
             return lambda ids: {"inputs_embeds": self.embedding(ids)} if by_vectors else {"input_ids": ids}
 
+        adapted = f" with {choice.config['peft_type']}" if isinstance(choice := self.inner_parameters, Adapter) else ""
         check_suitability(
             self.language_model,
-            self.name,
+            self.name + adapted,
             lambda by_vectors, left_out: self.logits(source(by_vectors), ids, left_out),
             lambda by_vectors: self._generate(2, 1, torch.ones_like(ids), **source(by_vectors)(ids)),
         )

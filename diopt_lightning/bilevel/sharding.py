@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
+from diopt_lightning.errors import ConfigurationError
+
 if distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -74,7 +76,17 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo :func:`whole`: put tensors where ``like`` is, sharded as that is."""
+    """Undo :func:`whole`: put tensors where ``like`` is, sharded as that is.
+
+    Raises:
+        ConfigurationError: If they are of other sizes, as those of another run's checkpoint.
+    """
+    sizes = [getattr(tensor, "shape", None) for tensor in tensors] if isinstance(tensors, list) else None
+    if sizes != [x.shape for x in like]:
+        raise ConfigurationError(
+            "What the estimator has kept in the checkpoint is not of the sizes of the inner parameters: give the "
+            "configuration that the checkpoint was written with."
+        )
     return [
         distribute_tensor(tensor.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
         if isinstance(x, DTensor) and not isinstance(tensor, DTensor)

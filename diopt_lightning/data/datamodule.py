@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diopt_lightning.data.agreement import compare_processes
 from diopt_lightning.data.collate import Batch, Collator
+from diopt_lightning.data.files import refuse_address
 from diopt_lightning.data.outer_batches import JoinedBatches, SplitCollator, outer_batches
 from diopt_lightning.data.prompts import PromptFormat, prompts_of_evaluation
 from diopt_lightning.data.reading import reading_of
@@ -277,6 +278,12 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
             worker_init_fn=leave_signals_to_the_main_process,
             pin_memory=self.pin_memory,
         )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Make a data module from a checkpoint in a file."""
+        refuse_address(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
 def is_fitting(trainer: pl.Trainer | None) -> bool:

@@ -53,6 +53,7 @@ def load_pretrained(auto_class: Any, name: str, what: str, **options: Any) -> An
     Raises:
         ConfigurationError: If it cannot be loaded.
     """
+    refuse_address(name)
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # what files are broken in decides which kind it is
@@ -67,6 +68,28 @@ def load_pretrained(auto_class: Any, name: str, what: str, **options: Any) -> An
         else:
             why = f"its files are not whole, or of something else ({one_line(error, 200)}): copy or download it again"
         raise ConfigurationError(f"Cannot load `{name}` as {what}: {why}.") from error
+
+
+def remote(path: Any) -> bool:
+    """Whether a path is an address.
+
+    Example:
+        >>> [remote(path) for path in ("s3://a/b", Path("http://a"), "a/http.ckpt", None)]
+        [True, True, False, False]
+    """
+    return "://" in str(path) or str(path).startswith(("http:", "https:"))
+
+
+def refuse_address(path: Any) -> None:
+    """Refuse to read from elsewhere: a file from there may be anything, and another one the next time.
+
+    Raises:
+        ConfigurationError: If the path is an address.
+    """
+    if remote(path):
+        raise ConfigurationError(
+            f"{path} is an address, and everything is read from files: download it first, and give its path."
+        )
 
 
 def is_lfs_pointer(path: Path) -> bool:

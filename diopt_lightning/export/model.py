@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diopt_lightning.errors import ConfigurationError, users_mistake
+from diopt_lightning.errors import OF_A_LIBRARY, ConfigurationError, users_mistake
 from diopt_lightning.export.comparison import log_probabilities, require_equal
 from diopt_lightning.export.folder import new_folder
 
@@ -59,13 +59,13 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     trained = log_probabilities(adapted)
     untie(adapted)
     merge = getattr(adapted, "merge_and_unload", None)
-    with warnings.catch_warnings():
+    kinds = ", ".join(str(config.peft_type.value) for config in getattr(model, "peft_config", {}).values())
+    what = f"The adapters of {type(model).__name__} ({kinds}) cannot be added to the model's weights"
+    with users_mistake(*OF_A_LIBRARY, what=what, then=keep), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied)")  # as they are meant to be
         merged = merge() if callable(merge) else None
     if not isinstance(merged, PreTrainedModel):
-        raise ConfigurationError(
-            f"The adapters of {type(model).__name__} cannot be added to the model's weights. {keep}"
-        )
+        raise ConfigurationError(f"{what}. {keep}")
     what = f"The {type(merged).__name__} with the adapters in its weights"
     require_equal(log_probabilities(merged), trained, what, keep)
     return merged

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from diopt_lightning.backbones.frozen import add_frozen
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.tasks import matching_tasks
-from diopt_lightning.errors import ConfigurationError, users_mistake
+from diopt_lightning.errors import OF_A_LIBRARY, ConfigurationError, users_mistake
 from diopt_lightning.export.embeddings import instruction_embeddings
 from diopt_lightning.inspection.report import Report, check_types
 from diopt_lightning.instructions.description import Description
 from diopt_lightning.modules.evaluation import InstructionEvaluation
 from diopt_lightning.rebuilding import instantiate
-from diopt_lightning.resuming.checkpoint_reading import MISUNDERSTOOD, read_checkpoint, understood
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, understood
+from diopt_lightning.resuming.training_state import check_weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class SavedRun:
             for name, value in state.items():
                 if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
                     raise TypeError(f"`{name}` is no tensor")
+        check_weights(state)
         return state
 
     @property
@@ -126,7 +128,7 @@ class SavedRun:
         }
         advice = "give the `config.yaml` of the same run as `config`, and the data that it was trained on as `data`."
         what = f"The weights in {self.checkpoint} do not fit the configuration"
-        with users_mistake(*MISUNDERSTOOD, what=what, then=advice):
+        with users_mistake(*OF_A_LIBRARY, what=what, then=advice):
             part.load_state_dict(weights)
 
     def embeddings(self) -> dict[str, Tensor]:

@@ -94,7 +94,8 @@ class Relaxation(nn.Module, ABC):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
-        self._steps = state["steps"]
+        self._steps = int(state["steps"])
+        require_at_least(0, of="the checkpoint", steps=self._steps)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The softmax over the last dimension, that of the candidates."""

@@ -1,11 +1,13 @@
 """The alternation: K inner steps, then one outer step, for any inner and outer loss."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from diopt_lightning.bilevel import Chebyshev, HypergradientEstimator, ProcessAverage, mean_hypergradient
 from diopt_lightning.bilevel.sharding import any_sharded
@@ -16,8 +18,11 @@ from diopt_lightning.modules.one_run import OneRun
 from diopt_lightning.modules.pairs import batch_of_each_level, check_pairs
 from diopt_lightning.modules.parameter_groups import ParameterGroup
 from diopt_lightning.modules.parameters import once
+from diopt_lightning.modules.skipping import SkippedSteps
 from diopt_lightning.modules.strategies import refuse_fabric
+from diopt_lightning.resuming.checkpoint_reading import understood
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
+from diopt_lightning.resuming.training_state import check_kind, check_weights
 
 
 class BilevelModule(OneRun):
@@ -141,7 +146,8 @@ class BilevelModule(OneRun):
         """
         refuse_fabric(self)
         inner_batch, outer_batch = batch_of_each_level(batch, self.outer_batches)
-        recorded = self._round.restore(inner_batch, outer_batch, self.device)
+        with understood(Path(str(self.trainer.ckpt_path))):
+            recorded = self._round.restore(inner_batch, outer_batch, self.device)
         if recorded is not None:
             self._return_to_the_round(recorded, outer_batch)
         inner_loss, stepped = self._inner_step(inner_batch, outer_batch)
@@ -223,7 +229,8 @@ class BilevelModule(OneRun):
     def _return_to_the_round(self, recorded: list[Any], outer_batch: Any) -> None:
         """Bring the first batch after an interruption to where the batches before it, of the same round, had come."""
         problems = [self.problem(batches, outer_batch) for batches in self._round.steps]
-        self.hypergradient.restore_recorded(recorded, [problem.inner_loss for problem in problems])
+        with understood(Path(str(self.trainer.ckpt_path))):
+            self.hypergradient.restore_recorded(recorded, [problem.inner_loss for problem in problems])
         if not self._round.inner_batches:
             return
         # Without notice: a model's running means, say, have seen these batches already.
@@ -257,7 +264,7 @@ class BilevelModule(OneRun):
         """
         super().on_load_checkpoint(checkpoint)
         self._begin_run()
-        state = state_of_a_bilevel_run(checkpoint, type(self).__name__, type(self.hypergradient).__name__)
+        state = state_of_a_bilevel_run(checkpoint, type(self).__name__, self.hypergradient)
         self.inner_batches_seen = state["inner_batches_seen"]
         self.inner_steps_taken = state["inner_steps_taken"]
         self.outer_steps_taken = state["outer_steps_taken"]
@@ -267,21 +274,33 @@ class BilevelModule(OneRun):
         self._round.load_state_dict(state["round"], recorded or [])
 
 
-def state_of_a_bilevel_run(checkpoint: dict[str, Any], module: str, estimator: str) -> dict[str, Any]:
-    """What a checkpoint has of a bilevel run, which a module goes on from with the estimator of this name.
+def state_of_a_bilevel_run(
+    checkpoint: dict[str, Any], module: str, hypergradient: HypergradientEstimator
+) -> dict[str, Any]:
+    """What a checkpoint has of a bilevel run, which a module goes on from with an estimator.
 
     Raises:
-        ConfigurationError: If there is nothing of the kind, or the state is that of another estimator.
+        ConfigurationError: If there is nothing of the kind, the state is that of another estimator, or weights are not
+            finite.
+        TypeError: If it is not what such a run has saved.
     """
     if "bilevel" not in checkpoint:
         raise ConfigurationError(
             f"The checkpoint is not of a bilevel run, and {module} cannot go on from it: give one that such a run has "
             "saved."
         )
+    check_weights(checkpoint.get("state_dict", {}))
     state: dict[str, Any] = checkpoint["bilevel"]
+    estimator = type(hypergradient).__name__
     if state["estimator"] != estimator:
         raise ConfigurationError(
             f"The checkpoint has the state of {state['estimator']}, and `model.hypergradient` is {estimator}: give the "
             "configuration that the checkpoint was written with."
         )
+    counters = dict.fromkeys(("inner_batches_seen", "inner_steps_taken", "outer_steps_taken"), 0)
+    skipped = SkippedSteps(1).state_dict()
+    own = {"hypergradient": hypergradient.state_dict(), "skipped": skipped, "memory": [], "round": []}
+    check_kind(state, counters | own, "bilevel")
+    kept = tree_leaves([state["hypergradient"], state["memory"]])
+    check_weights({f"hypergradient.{number}": value for number, value in enumerate(kept)})
     return state

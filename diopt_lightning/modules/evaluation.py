@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -19,11 +18,13 @@ from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Description, Instruction, InstructionEmbeddings
 from diopt_lightning.metrics import METRICS, TaskMetric
+from diopt_lightning.modules.local_checkpoints import LocalCheckpoints
 from diopt_lightning.modules.predictions import Metrics, Prediction, of_prompt, predictions_of
 from diopt_lightning.modules.strategies import OF_A_MODEL_TO_COME, refuse_callbacks, sharding_mesh
+from diopt_lightning.resuming.training_state import check_weights
 
 
-class InstructionEvaluation(pl.LightningModule):
+class InstructionEvaluation(LocalCheckpoints):
     """Builds backbone and instruction from the data module, and tests on tasks with human-written instructions.
 
     Args:
@@ -186,6 +187,7 @@ class InstructionEvaluation(pl.LightningModule):
     def _accept(self, checkpoint: dict[str, Any]) -> None:
         self._check_instruction(checkpoint.get("instruction", {}))
         check_shapes(self.state_dict(), checkpoint)
+        check_weights(checkpoint.get("state_dict", {}))
         add_frozen(self.backbone, checkpoint)
 
     def _check_instruction(self, saved: Mapping[str, Any]) -> None:

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from diopt_lightning.modules.local_checkpoints import LocalCheckpoints
 
-class Noticing(pl.LightningModule):
+
+class Noticing(LocalCheckpoints):
     """A module whose losses may be evaluated without notice."""
 
     _noticed = True

@@ -149,6 +149,17 @@ def leaves(batch: Any) -> list[Any]:
 
 
 def structured_as(batch: Any, saved: list[Any], device: torch.device) -> Any:
-    """A batch with the structure of another one and the leaves that were saved."""
-    moved = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in saved]
-    return tree_unflatten(moved, tree_flatten(batch)[1])
+    """A batch with the structure of another one and the leaves that were saved.
+
+    Raises:
+        TypeError: If they are of other kinds.
+    """
+    own, structure = tree_flatten(batch)
+    if [kind(leaf) for leaf in saved] != [kind(leaf) for leaf in own]:
+        raise TypeError("a batch of the unfinished round is of another kind than those of this run")
+    return tree_unflatten([leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in saved], structure)
+
+
+def kind(leaf: Any) -> tuple[Any, ...]:
+    """The type of what stands in a batch; of a tensor whether it has real numbers, and how many dimensions."""
+    return (Tensor, leaf.is_floating_point(), leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf),)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from diopt_lightning.resuming.messages import say
+from diopt_lightning.resuming.training_state import check_kind
 
 # Which checkpoint is gone on from, and what runs afterwards, are no properties of the run.
 LEFT_OUT = ("config", "ckpt_path", "test_after_fit", "weights_only")
@@ -75,7 +76,10 @@ class OptimizerOptions(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep those of the checkpoint for a comparison."""
-        self._saved = state_dict["options"]
+        self._saved = {name: dict(options) for name, options in state_dict["options"].items()}
+        for options in self._saved.values():
+            if options.get("lr") is not None:
+                check_kind(options["lr"], 0.0, "lr")
 
 
 def say_what_is_changed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -9,15 +9,9 @@ from typing import Any
 
 import torch
 
-from diopt_lightning.data.files import quoted
+from diopt_lightning.data.files import quoted, refuse_address
 from diopt_lightning.errors import ConfigurationError
-from diopt_lightning.resuming.checkpoint_reading import (
-    UNREADABLE,
-    check_parts,
-    read_checkpoint,
-    refuse_address,
-    understood,
-)
+from diopt_lightning.resuming.checkpoint_reading import UNREADABLE, check_parts, read_checkpoint, understood
 from diopt_lightning.resuming.messages import say
 
 SHARDED = "meta.pt"

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from diopt_lightning.errors import ConfigurationError, one_line, users_mistake
+from diopt_lightning.errors import OF_A_LIBRARY, ConfigurationError, one_line, users_mistake
 
-# What damaged files make of readers that expect sound ones. (NotImplementedError is a RuntimeError.)
+# What damaged files make of readers that expect sound ones.
 DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, MemoryError)
-MISUNDERSTOOD = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-UNREADABLE = (*DAMAGED, *MISUNDERSTOOD)
+UNREADABLE = (*DAMAGED, *OF_A_LIBRARY)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, **options: Any) -> dict[str, Any]:
@@ -72,22 +71,7 @@ def understood(path: Path) -> AbstractContextManager[None]:
         ConfigurationError: If it says something else than a run has saved.
     """
     what = f"{path} does not say what a run of this configuration has saved"
-    return users_mistake(*MISUNDERSTOOD, what=what, then="give another checkpoint, or the configuration of its run.")
-
-
-def remote(path: str | Path) -> bool:
-    """Whether a path is a URL."""
-    return "://" in str(path)
-
-
-def refuse_address(path: str | Path) -> None:
-    """Refuse to read a checkpoint from elsewhere.
-
-    Raises:
-        ConfigurationError: If the path is a URL.
-    """
-    if remote(path):
-        raise ConfigurationError(f"{path} is an address, and checkpoints are read from files: download it first.")
+    return users_mistake(*OF_A_LIBRARY, what=what, then="give another checkpoint, or the configuration of its run.")
 
 
 class PlainDescription(pickle.Unpickler):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from diopt_lightning.data.files import refuse_address, remote
 from diopt_lightning.errors import TrainingError, error_of_the_disk
-from diopt_lightning.resuming.checkpoint_reading import read_checkpoint, refuse_address, remote
+from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
 
 Place = str | Path
 
@@ -22,9 +23,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     writes aside and moves too, but into the system's folder for temporary files: from another file system the move is a
     copy over the file of that name, which can be cut short; and nothing is flushed, so that after a loss of power there
     may be a name without its content. It also holds a second copy of everything in memory meanwhile.) What is loaded is
-    compared with the checksums in it. The command line uses this by itself; in Python, pass
-    ``Trainer(plugins=[WholeCheckpoints()])``. To places that are not in a file system, such as ``s3://``, Lightning
-    writes, and from there nothing is read: of an address Lightning runs what code is in it.
+    compared with the checksums in it. The command line and the modules of this package use this by themselves; for
+    other modules, pass ``Trainer(plugins=[WholeCheckpoints()])``. To places that are not in a file system, such as
+    ``s3://``, Lightning writes, and from there nothing is read: of an address Lightning runs what code is in it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Place, storage_options: Any = None) -> None:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diopt_lightning.resuming.processes import of_all_processes, of_this_process
-from diopt_lightning.resuming.random_numbers import random_state, set_random_state
+from diopt_lightning.resuming.random_numbers import drawing_from, random_state, set_random_state
 
 
 class RandomState(Callback):
@@ -42,3 +43,6 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of this process; another number of processes goes on with random numbers of its own."""
         self._state = of_this_process(state_dict["processes"])
+        if self._state is not None:
+            with drawing_from(self._state, torch.device("cpu")):
+                pass  # what is no state fails here, and not at the first batch

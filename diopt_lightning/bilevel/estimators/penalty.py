@@ -181,5 +181,6 @@ class Penalty(HypergradientEstimator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._offset, self._warned = state["offset"], state["warned"]
-        self._times = state.get("times")  # which older checkpoints do not have
+        times = state.get("times")  # which older checkpoints do not have
+        self._times = None if times is None else float(times)
         self.spectrum.load_state_dict(state["spectrum"])

@@ -149,5 +149,6 @@ class Spectrum:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.lowest, self.largest, self._age = state["lowest"], state["largest"], state["age"]
-        self.ritz = [Ritz(*each) for each in state.get("ritz", ())]  # which older checkpoints do not have
+        self.lowest, self.largest, age = state["lowest"], state["largest"], state["age"]
+        self._age = None if age is None else int(age)
+        self.ritz = [Ritz(*map(float, each)) for each in state.get("ritz", ())]  # which older checkpoints do not have
