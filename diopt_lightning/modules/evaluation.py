@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ class InstructionEvaluation(LocalCheckpoints):
             )
         return data
 
-    def configure_callbacks(self) -> Sequence[pl.Callback] | pl.Callback:
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Refuse callbacks that would look at a model which is not there yet.
 
         Raises:
