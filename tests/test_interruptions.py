@@ -1,6 +1,7 @@
 """Runs of the command line that are killed or told to stop, and go on bitwise."""
 
 import json
+import os
 import resource
 import shlex
 import signal
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data._utils import signal_handling
 
 from diopt_lightning.cli import main
+from diopt_lightning.data.workers import HoldingSignalsBack, leave_signals_to_the_main_process
 from diopt_lightning.resuming.checkpoint_finding import checkpoints, newest_checkpoint
 from diopt_lightning.resuming.checkpoint_reading import read_checkpoint
-from tests.interruptions import CHECKPOINT, Run, assert_equal, final
+from tests.interruptions import CHECKPOINT, FORK, Run, assert_equal, final
 from tests.test_cli import small_run
 
 EVERY_TWO = {"class_path": CHECKPOINT, "init_args": {"every_n_train_steps": 2, "save_last": True}}
@@ -116,6 +119,24 @@ def test_told_to_stop_before_and_beside_training(subcommand, when, said, tmp_pat
     assert run.status() in (128 + signal.SIGTERM, -signal.SIGTERM), run.said.read_text()
     assert said in run.said.read_text()
     assert "Traceback" not in run.said.read_text()
+
+
+def test_workers_that_are_just_starting_are_told_to_stop(monkeypatch):
+    started = signal_handling._set_worker_signal_handlers
+    monkeypatch.setattr(
+        signal_handling, "_set_worker_signal_handlers", lambda: (started(), os.killpg(0, signal.SIGTERM))
+    )
+
+    def fetch() -> None:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        workers = {"num_workers": 2, "worker_init_fn": leave_signals_to_the_main_process}
+        assert len(list(HoldingSignalsBack(range(8), batch_size=2, **workers))) == 4  # type: ignore[arg-type]
+
+    main_process = FORK.Process(target=fetch)
+    main_process.start()
+    main_process.join()
+    assert main_process.exitcode == 0
 
 
 def test_a_group_of_processes_is_told_to_stop(tmp_path):

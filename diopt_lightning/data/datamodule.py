@@ -27,7 +27,7 @@ from diopt_lightning.data.sampling import (
 from diopt_lightning.data.splits import TaskSplits, read_data
 from diopt_lightning.data.tasks import Task, choose_instances
 from diopt_lightning.data.tokenization import SourceTarget, load_tokenizer, summary, tokenize
-from diopt_lightning.data.workers import leave_signals_to_the_main_process
+from diopt_lightning.data.workers import HoldingSignalsBack, leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError, require_at_least
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         rows, (replicas, rank) = self._rows[split], processes_of(self.trainer)
-        return DataLoader(
+        return HoldingSignalsBack(
             TokenRows(rows),
             batch_size=None,
             sampler=EvaluationSampler(rows["length"][:], self.evaluation_batch_size, replicas, rank),

@@ -6,10 +6,10 @@ from itertools import count
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from diopt_lightning.data.collate import IGNORED_LABEL, Batch, Collator
-from diopt_lightning.data.workers import leave_signals_to_the_main_process
+from diopt_lightning.data.workers import HoldingSignalsBack, leave_signals_to_the_main_process
 from diopt_lightning.errors import ConfigurationError, require_at_least
 
 Draw = tuple[int, int]
@@ -163,7 +163,7 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
         ]
 
 
-class ResumableDataLoader(DataLoader[Any]):
+class ResumableDataLoader(HoldingSignalsBack):
     """A data loader over a :class:`TrainSampler` that goes on where a checkpoint was written.
 
     Lightning keeps the state of loaders with ``state_dict`` and ``load_state_dict`` in its checkpoints. The state is
