@@ -488,7 +488,8 @@ def test_an_exported_model_is_what_was_trained_whatever_is_adapted(choice, famil
         export_model(plain_model(backbone.model), tokenizer, folder := Path(root) / "model")
         assert torch.equal(backbone.target_losses(batch, None), trained)  # it is left as it was
         backbone.model = auto.from_pretrained(folder)
-        torch.testing.assert_close(backbone.target_losses(batch, None), trained, rtol=0, atol=2e-5)
+        # Losses of up to 30, of which float32 keeps 2e-6, by weights that were summed in another order.
+        torch.testing.assert_close(backbone.target_losses(batch, None), trained, rtol=0, atol=4e-5)
 
 
 KINDS = [{"peft_type": kind.value} for kind in sorted(PEFT_TYPE_TO_CONFIG_MAPPING)]
