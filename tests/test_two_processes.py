@@ -168,7 +168,7 @@ class Noisy(InstructionTuning):
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
 
-def tested(root: Path, processes: int) -> tuple[dict[str, float], dict[str, str]]:
+def run_and_test(root: Path, processes: int) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics and files of predictions of a test with two prompts."""
     prompts = {"none": PromptFormat(False, False, 0), "examples": PromptFormat(False, True, 2)}
     data = NaturalInstructionsDataModule(
@@ -183,7 +183,7 @@ def tested(root: Path, processes: int) -> tuple[dict[str, float], dict[str, str]
 
 
 def test_several_prompts_on_two_processes_are_scored_as_on_one(uneven):
-    (scores, files), (expected, expected_files) = (tested(uneven, number) for number in (2, 1))
+    (scores, files), (expected, expected_files) = (run_and_test(uneven, number) for number in (2, 1))
     assert files == expected_files
     assert {name: text.count("\n") for name, text in files.items()} == {
         "predictions_none.jsonl": 17,

@@ -63,7 +63,7 @@ class Seq2Seq(TransformersBackbone):
             start = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
         for source in (model.config, model.generation_config):
             start = getattr(source, "decoder_start_token_id", None) if start is None else start
-        if not isinstance(start, int) or not 0 <= start < self.embedding.num_embeddings:
+        if not isinstance(start, int) or not 0 <= start < len(self.embedding.weight):
             raise ConfigurationError(
                 f"The model ({self.name}) does not say what its decoder begins with, but {start}: set "
                 "`decoder_start_token_id` in its configuration to one token."

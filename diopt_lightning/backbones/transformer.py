@@ -185,7 +185,7 @@ class TransformersBackbone(Backbone):
         Raises:
             ConfigurationError: If it does not.
         """
-        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        embeddings = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
         if (tokens := number_of_ids(tokenizer)) > embeddings:
             raise ConfigurationError(
                 f"The tokenizer has {tokens} tokens, and the model ({self.name}) {embeddings} embeddings: "

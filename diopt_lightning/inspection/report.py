@@ -269,7 +269,7 @@ def select(data: dict[str, Any], patterns: str) -> dict[str, Any]:
 
     chosen = data | {"tasks": some(names), "learned": some(data["learned"])}
     if "history" in data:
-        chosen["history"] = [moment | {"learned": some(moment["learned"])} for moment in data["history"]]
+        chosen["history"] = [moment | {"learned": some(moment.get("learned", []))} for moment in data["history"]]
     if (data.get("diversity") or {}).get("picture"):
         plane = data["diversity"]["picture"]
         drawn = plane | {"learned": some(plane["learned"]), "human": some(plane["human"])}

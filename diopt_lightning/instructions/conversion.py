@@ -162,11 +162,11 @@ class Transformer(Encoding):
         model: PreTrainedModel = load_pretrained(AutoModel, name, "an encoder", dtype=torch.float32)
         # Of an encoder-decoder model the encoder alone (its configuration may be that of an encoder that was saved).
         encoder = model.get_encoder() if hasattr(model, "decoder") else model
-        vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-        if vocabulary != embedding.num_embeddings:
+        vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+        if vocabulary != len(embedding.weight):
             raise ConfigurationError(
                 f"The encoder `{name}` has a vocabulary of {vocabulary} tokens, and the backbone one of "
-                f"{embedding.num_embeddings}: they must share a tokenizer."
+                f"{len(embedding.weight)}: they must share a tokenizer."
             )
         self.width = model.config.hidden_size
         return cast(nn.Module, encoder).to(embedding.weight.device, outer_dtype(embedding))

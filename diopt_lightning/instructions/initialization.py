@@ -146,5 +146,5 @@ class SharedInCategory(Initialization):
 @torch.no_grad()
 def embedding_scale(embedding: nn.Embedding) -> float:
     """Standard deviation of the entries of all token embeddings."""
-    vocabulary = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    vocabulary = torch.arange(len(embedding.weight), device=embedding.weight.device)
     return embedded(embedding, vocabulary).std().item()

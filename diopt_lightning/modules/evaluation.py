@@ -15,6 +15,7 @@ from diopt_lightning.backbones.sharding import gathered, shard
 from diopt_lightning.data.collate import Batch
 from diopt_lightning.data.datamodule import NaturalInstructionsDataModule
 from diopt_lightning.data.reading import Reading
+from diopt_lightning.data.splits import TaskSplits
 from diopt_lightning.data.tasks import Task
 from diopt_lightning.errors import ConfigurationError, require_at_least
 from diopt_lightning.instructions import Description, Instruction, InstructionEmbeddings
@@ -121,7 +122,7 @@ class InstructionEvaluation(LocalCheckpoints):
         if self.instruction is not None:
             train = self.data.split_tasks("train")
             unseen = self.data.tasks[len(train) :] if self.instructed_evaluation else []
-            check_unseen(self.instruction, unseen, {*self.data.splits.dev, *self.data.splits.test})
+            check_unseen(self.instruction, unseen, self.data.splits)
             self.instruction.build(train, self.data.tokenizer, self.backbone.embedding, unseen)
         if mesh is not None:
             shard(self.backbone, mesh)
@@ -273,14 +274,14 @@ class InstructionEvaluation(LocalCheckpoints):
     on_test_epoch_end = on_validation_epoch_end
 
 
-def check_unseen(instruction: Instruction, unseen: Sequence[Task], evaluated: set[str]) -> None:
+def check_unseen(instruction: Instruction, unseen: Sequence[Task], splits: TaskSplits) -> None:
     """Refuse a form that has no instruction for the tasks that it did not learn from, if it is to be evaluated on some.
 
     Raises:
         ConfigurationError: If it has none.
     """
     if unseen and not instruction.works_on_unseen_tasks:
-        names = [task.name for task in unseen if task.name in evaluated]
+        names = [task.name for task in unseen if task.name in {*splits.dev, *splits.test}]
         raise ConfigurationError(
             f"{type(instruction).__name__} has no instruction for {len(names)} dev and test tasks, such as "
             f"`{names[0]}`: set `instructed_evaluation` to false, or use a form that is computed from an instance "
