@@ -24,7 +24,7 @@ REFUSED = {
     "xlnet": "sees the tokens that it is to predict",
 }
 # One of each kind of position, state, mask and way to generate; the others take minutes.
-QUICK = ["bamba", "bloom", "ctrl", "mixtral", "recurrent_gemma", "rwkv", "seamless_m4t", "trocr"]
+QUICK = ["bamba", "bloom", "ctrl", "mixtral", "recurrent_gemma", "roberta", "rwkv", "seamless_m4t", "trocr"]
 
 
 def marked(names: list[str]) -> list[object]:

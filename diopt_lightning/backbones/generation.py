@@ -54,7 +54,8 @@ def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tenso
             else:
                 # Not a family's own way, which for Seamless asks for a language each time.
                 generate = cast(Any, GenerationMixin).generate
-                made = generate(model, generation_config=options, attention_mask=used, **{name: read})
+                read_by = {name: read, "attention_mask": used} | own_positions(model, used)
+                made = generate(model, generation_config=options, **read_by)
             # Ids are given back before what goes on from them.
             new = made[:, read.shape[1] :] if in_one_piece and name == "input_ids" else made
             found |= dict(zip(group.nonzero().flatten().tolist(), new, strict=True))
@@ -62,6 +63,18 @@ def generate_rows(model: PreTrainedModel, options: GenerationConfig, mask: Tenso
         model.generation_config = shipped
     ordered = [found[row] for row in range(len(mask))]
     return pad_sequence(ordered, batch_first=True, padding_value=cast(int, options.pad_token_id))
+
+
+def own_positions(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """Positions ``(batch, length)`` for causal families like RoBERTa, which count from behind that of padding.
+
+    Left to itself, ``generate`` counts from 0, as no such model does when it is trained.
+    """
+    counting = (part for part in model.modules() if hasattr(part, "create_position_ids_from_inputs_embeds"))
+    if model.config.is_encoder_decoder or (part := next(counting, None)) is None:
+        return {}
+    padding = cast(int, part.padding_idx)
+    return {"position_ids": mask.cumsum(dim=1) * mask + padding}
 
 
 def by_repetition(model: PreTrainedModel, options: GenerationConfig, vectors: Tensor) -> Tensor:
