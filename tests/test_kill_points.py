@@ -174,7 +174,3 @@ def survive(kind: Kind, root: Path, whole: Whole, points: int, seed: int) -> Non
 @pytest.mark.parametrize("name", KINDS)
 def test_killed_at_random_moments(name, uninterrupted, tmp_path):
     survive(KINDS[name], tmp_path, uninterrupted, POINTS, seed=list(KINDS).index(name))
-
-
-def test_killed_at_a_random_moment(uninterrupted, tmp_path):
-    survive(next(iter(KINDS.values())), tmp_path, uninterrupted, points=1, seed=0)

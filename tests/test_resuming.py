@@ -1,6 +1,7 @@
 """Runs that are interrupted anywhere go on bitwise as if they had not been."""
 
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -115,6 +116,11 @@ def assert_same(found: Any, expected: Any, where: Any) -> None:
         assert equal, (where, keystr(path), value, other)
 
 
+def quick_ones(names: Iterable[str], *quick: str) -> list[Any]:
+    """All names, those that are not quick marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 MODULES = {
     "accumulated": lambda: Everything(inner_steps=2, inner_accumulation=3, outer_accumulation=5),
     "one_by_one": lambda: Everything(inner_steps=3, outer_accumulation=2),
@@ -130,7 +136,7 @@ MODULES = {
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", quick_ones(MODULES, "accumulated", "unrolled"))
 def test_a_checkpoint_after_any_batch_holds_all_of_an_unfinished_round(name, tmp_path):
     validated: dict[int, list[int]] = {-1: []}
     whole = fit(MODULES[name], EveryBatch(tmp_path), UnfinishedValidation(), Validations(validated[-1]))
@@ -164,8 +170,13 @@ def state_of_a_run(path: Any) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::diopt_lightning.bilevel.ConvergenceWarning")
-@pytest.mark.parametrize("places", ["some", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", VALIDATIONS)
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        *((name, "some") for name in ("inside_and_at_the_end", "never", "across_epochs", "steps")),
+        *(pytest.param(name, "all", marks=pytest.mark.slow) for name in VALIDATIONS),
+    ],
+)
 def test_all_that_a_resumed_run_saves_is_what_the_whole_run_saved(name, places, tmp_path):
     """Weights and counters alike, so that what goes on from there goes on right: any number of interruptions."""
 

@@ -118,7 +118,7 @@ BACKBONES = {
     ("form", "backbone"),
     [
         ("embedder", "t5"),
-        ("embedder", "lora"),
+        pytest.param("embedder", "lora", marks=pytest.mark.slow),
         pytest.param("soft", "t5", marks=pytest.mark.slow),
         pytest.param("embedder_ic", "checkpointed", marks=pytest.mark.slow),
         pytest.param("task_weights", "t5", marks=pytest.mark.slow),

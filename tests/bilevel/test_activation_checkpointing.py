@@ -368,6 +368,7 @@ def test_what_would_be_wrong_is_an_error(way, message, product):
 LARGER = {"vocab_size": 50, "num_layers": 6, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -377,7 +378,6 @@ LARGER = {"vocab_size": 50, "num_layers": 6, "d_model": 16, "d_kv": 4, "num_head
                 vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=8, num_attention_heads=4
             ),
             id="Llama",
-            marks=pytest.mark.slow,
         ),
     ],
 )
