@@ -283,6 +283,7 @@ class NaturalInstructionsDataModule(pl.LightningDataModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Make a data module from a checkpoint in a file."""
         refuse_address(checkpoint_path)
+        refuse_address(kwargs.get("hparams_file"))
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 

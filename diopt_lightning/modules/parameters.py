@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from diopt_lightning.errors import ConfigurationError, users_mistake
+from diopt_lightning.errors import OF_A_LIBRARY, ConfigurationError, users_mistake
 from diopt_lightning.modules.strategies import refuse_underflow
 
-# What optimizers and schedulers raise for parameters and options that do not suit them, and where.
-COMPLAINTS = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, AttributeError)
+# Where optimizers and schedulers complain of parameters and options that do not suit them.
 WHERE = ("torch.optim", "diopt_lightning.modules.parameters", "diopt_lightning.modules.schedules")
 
 
@@ -96,7 +95,7 @@ def of_pytorch(what: str, then: str) -> Iterator[None]:
     """
     try:
         yield
-    except COMPLAINTS as error:
+    except OF_A_LIBRARY as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith(WHERE):
             raise
@@ -122,8 +121,8 @@ def made_optimizer(option: str, make: OptimizerCallable, given: Any) -> Optimize
     return optimizer
 
 
-def check_optimizer(level: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Return an optimizer if it can take the steps of a level.
+def check_optimizer(level: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Check that an optimizer can take the steps of a level.
 
     Raises:
         ConfigurationError: If it has other parameters than the level, or evaluates the loss itself.
@@ -142,7 +141,6 @@ def check_optimizer(level: str, optimizer: Optimizer, parameters: Sequence[nn.Pa
             f"`{level}_optimizer` is {type(optimizer).__name__}, which evaluates the loss several times in a step: "
             "choose one that follows a gradient, such as AdamW."
         )
-    return optimizer
 
 
 def check_held(level: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
